@@ -1,0 +1,1 @@
+"""Split learning: one network, trained across parties that share neither data nor model."""

@@ -1,0 +1,106 @@
+"""The order in which rows are trained on: a function of (seed, taker, epoch), so a resumed run goes on in the middle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitlearn.data.rows import Fields, Rows
+from splitlearn.layout import Party
+from splitlearn.network import Batch
+from splitlearn.pace import Pace, Stretch
+from splitlearn.schedule import Sequential, Step
+from splitlearn.seeds import derive
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+Turns = dict[Party, Batch]
+"""The mini-batch of each Alice who takes part in a step."""
+
+
+class TurnLoader:
+    """The training data of one epoch after the other, in stretches of steps.
+
+    Its length is the number of steps in an epoch, though it yields them several at a time: `Pace` counts them.
+    It has no state: where an epoch goes on follows from the trainer's own count of mini-batches.
+
+    Arguments:
+        rows: the data set; shards: the row indices of each taker; batch_size: rows in a mini-batch, the last is short.
+        schedule: arranges the takers' mini-batches into steps; pace: the trainer's.
+        augment: batch to batch, e.g. `splitlearn.data.augment.crop_and_flip`.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        shards: Mapping[Party, Tensor],
+        schedule: Sequential,
+        pace: Pace,
+        batch_size: int,
+        seed: int = 0,
+        augment: Augment | None = None,
+    ) -> None:
+        self.rows, self.shards, self.schedule, self.pace = rows, shards, schedule, pace
+        self.batch_size, self.seed, self.augment = batch_size, seed, augment
+
+    def __len__(self) -> int:
+        return len(self.steps(epoch=0))
+
+    def __iter__(self) -> Iterator[Stretch[Turns]]:
+        start = self.pace.done
+        steps = self._turns(self.pace.trainer.current_epoch, start)
+        for _ in range(start, len(self)):
+            if self.pace.done >= len(self):
+                return
+            yield Stretch(steps, self.pace.next_length())
+
+    def steps(self, epoch: int) -> list[Step]:
+        """Return the steps of an epoch as row indices: each shard in an order of its own, every row once."""
+        batches = {}
+        for taker, shard in self.shards.items():
+            generator = torch.Generator().manual_seed(derive(self.seed, "order", taker, epoch))
+            batches[taker] = shard[torch.randperm(len(shard), generator=generator)].split(self.batch_size)
+        return self.schedule.steps(batches)
+
+    # Lightning asks for these two before it believes that a loader can go on in mid-epoch.
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+    def _turns(self, epoch: int, start: int) -> Iterator[Turns]:
+        steps = self.steps(epoch)
+        place = sum(len(step) for step in steps[:start])
+        steps = steps[start:]
+        device = self.pace.trainer.strategy.root_device
+        rows = self.rows.stream((ids for step in steps for ids in step.values()), device)
+        for step in steps:
+            turns = {}
+            for taker, ids in step.items():
+                number = (epoch, place)
+                turns[taker] = Batch(ids, self._augmented(next(rows), number), number)
+                place += 1
+            yield turns
+
+    def _augmented(self, fields: Fields, number: tuple[int, int]) -> Fields:
+        if self.augment is None:
+            return fields
+        generator = torch.Generator().manual_seed(derive(self.seed, "augment", *number))
+        return {**fields, "x": self.augment(fields["x"], generator)}
+
+
+class EvalLoader:
+    """The given rows in order, in mini-batches of `batch_size`, whoever owns them."""
+
+    def __init__(self, rows: Rows, ids: Tensor, batch_size: int, device: torch.device) -> None:
+        self.rows, self.batches, self.device = rows, ids.split(batch_size), device
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for i, (ids, fields) in enumerate(zip(self.batches, self.rows.stream(self.batches, self.device), strict=True)):
+            yield Batch(ids, fields, (0, i))

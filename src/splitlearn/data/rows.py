@@ -1,0 +1,113 @@
+"""The rows of a data set, normalised and cut into the fields that the layout's parties own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+Fields = dict[str, Tensor]
+"""Data fields by name: `x` [B, ...] (or its columns `x0`, `x1`, ...) and `y` [B] int64."""
+Prepare = Callable[[Tensor], Fields]
+
+
+class Rows(Protocol):
+    """Rows by index."""
+
+    def __len__(self) -> int: ...
+
+    def stream(self, batches: Iterable[Tensor], device: torch.device) -> Iterator[Fields]:
+        """Yield the fields of each batch of row indices in turn, on `device`."""
+        ...
+
+
+class Normalise:
+    """Turn raw inputs into fields: pixels to 0..1, minus the mean, over the deviation, in columns.
+
+    Arguments:
+        mean, std: per channel, or one number for all; None leaves the values as they are.
+        num_columns: how many parties own a block of columns (the last dimension) each; 1 keeps the input whole.
+    """
+
+    def __init__(
+        self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, num_columns: int = 1
+    ) -> None:
+        if (mean is None) != (std is None) or (std is not None and min(std) <= 0):
+            raise ValueError(f"`mean` (={mean}) and `std` (={std}) must be given together, `std` above 0")
+        self.mean, self.std, self.num_columns = mean, std, num_columns
+
+    def __call__(self, x: Tensor) -> Fields:
+        # In place from the first copy on: at no time are there two float copies of a data set.
+        x = x.float().div_(255) if x.dtype == torch.uint8 else x.clone() if self.mean is not None else x
+        if self.mean is not None and self.std is not None:
+            x.sub_(_per_channel(self.mean, x)).div_(_per_channel(self.std, x))
+        if self.num_columns == 1:
+            return {"x": x}
+        if x.shape[-1] < self.num_columns:
+            raise ValueError(f"`num_alices` (={self.num_columns}) must not exceed the {x.shape[-1]} columns of the input")
+        return {f"x{i}": part.contiguous() for i, part in enumerate(x.tensor_split(self.num_columns, dim=-1))}
+
+
+class InMemory:
+    """Rows held as tensors and normalised once; a batch is a slice of them, taken on their device.
+
+    Arguments:
+        x: [N, ...] raw inputs. y: [N] int64 labels. prepare: raw inputs to fields.
+        augment: batch to batch, applied to every field but `y`, with a generator; None for evaluation.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, prepare: Prepare) -> None:
+        if len(x) != len(y):
+            raise ValueError(f"{len(x)} inputs and {len(y)} labels: every row must have both")
+        self.fields: Fields = {**prepare(x), "y": y}
+
+    def __len__(self) -> int:
+        return len(self.fields["y"])
+
+    def stream(self, batches: Iterable[Tensor], device: torch.device) -> Iterator[Fields]:
+        if self.fields["y"].device != device:
+            self.fields = {name: field.to(device) for name, field in self.fields.items()}
+        for rows in batches:
+            rows = rows.to(device)
+            yield {name: field.index_select(0, rows) for name, field in self.fields.items()}
+
+
+class Streamed:
+    """Rows read from a `torch.utils.data.Dataset` by the workers of a DataLoader, for data larger than memory."""
+
+    def __init__(self, dataset: Dataset, prepare: Prepare, num_workers: int = 0) -> None:
+        self.dataset, self.prepare, self.num_workers = dataset, prepare, num_workers
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def stream(self, batches: Iterable[Tensor], device: torch.device) -> Iterator[Fields]:
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=[rows.tolist() for rows in batches],
+            num_workers=self.num_workers,
+            pin_memory=device.type == "cuda",
+        )
+        for x, y in loader:
+            yield {**self.prepare(x.to(device, non_blocking=True)), "y": y.to(device, non_blocking=True)}
+
+
+def load(dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """Read a whole map-style data set of (x, label) into tensors [N, ...] and [N] int64."""
+    tensors = getattr(dataset, "tensors", None)
+    if tensors is not None:
+        return tensors[0], tensors[1]
+    xs, ys = zip(*(dataset[i] for i in range(len(dataset))), strict=True)  # type: ignore[arg-type]
+    return torch.stack([torch.as_tensor(x) for x in xs]), torch.as_tensor(ys, dtype=torch.int64)
+
+
+def _per_channel(values: Sequence[float], x: Tensor) -> Tensor:
+    """Shape [1, C, 1, 1] beside images [N, C, H, W]; a single value fits inputs of any shape."""
+    if len(values) == 1:
+        return torch.tensor(values[0], dtype=x.dtype, device=x.device)
+    if x.ndim < 2 or x.shape[1] != len(values):
+        raise ValueError(f"{len(values)} values of `mean` or `std` do not fit inputs of shape {list(x.shape[1:])}")
+    return torch.tensor(values, dtype=x.dtype, device=x.device).view(1, -1, *[1] * (x.ndim - 2))

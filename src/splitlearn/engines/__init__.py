@@ -1,0 +1,1 @@
+"""Which parties this process plays."""

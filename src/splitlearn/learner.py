@@ -1,0 +1,198 @@
+"""The one LightningModule: every scheme trains through this step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics.classification import MulticlassAccuracy
+
+from splitlearn.data.loader import Turns
+from splitlearn.layout import Party, Role
+from splitlearn.ledger import Ledger
+from splitlearn.network import Batch, SplitNetwork
+from splitlearn.optimizers import MakeOptimizer, Stepper, by_role
+from splitlearn.pace import Pace, Stretch
+from splitlearn.schedule import Sequential
+
+
+class DivergedError(RuntimeError):
+    """The loss is not a finite number."""
+
+
+class SplitLearner(pl.LightningModule):
+    """Trains a split network, turn by turn, with one optimizer per role.
+
+    Arguments:
+        network: the split network; its layout says who holds what.
+        schedule: whose turn it is.
+        optimizer: parameters to optimizer, e.g. `partial(torch.optim.SGD, lr=0.1)`; `optimizers` overrides it by role.
+        loss: (output, labels) to the mean over the rows; NLLLoss takes log-probabilities, CrossEntropyLoss logits.
+        num_classes: of the labels.
+        scheduler: optimizer to learning-rate scheduler; `interval` (epoch or step) and `monitor` as in Lightning.
+        gradient_clip_val, gradient_clip_algorithm: as Lightning's Trainer has them, for each role by itself: no party
+            sees another's gradients.
+        steps_per_execution: the most mini-batches that run before Lightning looks again, see `splitlearn.pace`.
+
+    Raises ValueError for an optimizer that does not take its options, and for a loss that does not fit the output.
+    """
+
+    automatic_optimization = False
+
+    def __init__(
+        self,
+        network: SplitNetwork,
+        schedule: Sequential,
+        optimizer: MakeOptimizer,
+        loss: nn.Module,
+        num_classes: int,
+        optimizers: Mapping[Role, MakeOptimizer] | None = None,
+        scheduler: Callable[[Optimizer], Any] | None = None,
+        interval: str = "epoch",
+        monitor: str = "val/loss",
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str = "norm",
+        steps_per_execution: int = 50,
+    ) -> None:
+        super().__init__()
+        _check(loss, network.sample_output, num_classes, interval, steps_per_execution)
+        self.network, self.layout, self.schedule, self.loss = network, network.layout, schedule, loss
+        self.makers = by_role(network, optimizer, optimizers or {})
+        self.scheduler, self.interval, self.monitor = scheduler, interval, monitor
+        self.clip = {"gradient_clip_val": gradient_clip_val, "gradient_clip_algorithm": gradient_clip_algorithm}
+        self.steps_per_execution = steps_per_execution
+        self.ledger, self.evaluation_ledger = network.wire.ledger, Ledger()
+        # Only the holder of the loss computes metrics; one that syncs by itself would wait for the other parties.
+        self.accuracy = MulticlassAccuracy(num_classes, average="micro", sync_on_compute=False)
+        self.loss_sum, self.num_rows = 0.0, 0
+
+    def training_step(self, stretch: Stretch[Turns], batch_idx: int) -> None:
+        losses = []
+        for turns in self.pace.run(stretch):
+            for alice, batch in turns.items():
+                with self.turn(alice):
+                    output, labels, tape = self.network(batch, self.layout.cast(alice))
+                    loss = self.loss(output, labels)
+                    self.network.backward(self.stepper.before_backward(loss), tape)
+                losses.append((alice, batch, loss.detach()))
+        self._add_up(losses)
+
+    @contextmanager
+    def turn(self, alice: Party) -> Iterator[None]:
+        """Hand-over before, when another Alice had the turn; the optimizers of all roles step after."""
+        if alice != self.schedule.holder:
+            self._hand_over(self.schedule.holder, alice)
+        self.stepper.zero_grad()
+        yield
+        self.stepper.step()
+        self.stepper.step_schedulers("step")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean training loss over the rows of this epoch so far."""
+        return self.loss_sum / self.num_rows if self.num_rows else math.nan
+
+    def configure_optimizers(self) -> list[dict[str, Any]]:
+        configs: list[dict[str, Any]] = []
+        for role, make in self.makers.items():
+            optimizer = make(self.network.parameters_of(role))
+            configs.append({"optimizer": optimizer})
+            if self.scheduler is not None:
+                scheduler = {"scheduler": self.scheduler(optimizer), "name": f"lr/{role}"}
+                configs[-1]["lr_scheduler"] = {**scheduler, "interval": self.interval, "monitor": self.monitor}
+        return configs
+
+    def on_fit_start(self) -> None:
+        self.pace = Pace(self.trainer, self.steps_per_execution)
+
+    def on_train_start(self) -> None:
+        self.stepper = Stepper(self, self.makers, self.clip)
+
+    def on_train_epoch_start(self) -> None:
+        self.loss_sum, self.num_rows = 0.0, 0
+
+    def on_train_epoch_end(self) -> None:
+        self.log("train/loss", self.mean_loss)
+        self.stepper.step_schedulers("epoch")
+
+    def on_validation_start(self) -> None:
+        self.network.wire.ledger = self.evaluation_ledger
+
+    def on_validation_end(self) -> None:
+        self.network.wire.ledger = self.ledger
+
+    on_test_start, on_test_end = on_validation_start, on_validation_end
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["splitlearn"] = {
+            "layout": self.layout.describe(),
+            "schedule": self.schedule.state_dict(),
+            "bytes": [self.ledger.table(), self.evaluation_ledger.table()],
+            "loss": [self.loss_sum, self.num_rows],
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get("splitlearn", {"layout": "a model that splitlearn did not train"})
+        if state["layout"] != self.layout.describe():
+            raise ValueError(
+                f"`ckpt` is of another layout: {state['layout']}, this run has {self.layout.describe()}: "
+                "resume with the layout of the checkpoint, or train anew without `ckpt`"
+            )
+        self.schedule.load_state_dict(state["schedule"])
+        for ledger, table in zip((self.ledger, self.evaluation_ledger), state["bytes"], strict=True):
+            ledger.load(table)
+        self.loss_sum, self.num_rows = state["loss"]
+
+    def _hand_over(self, giver: Party, taker: Party) -> None:
+        optimizer = self.stepper.optimizers.get("alice")
+        self.schedule.alice.hand_over(self.network.segments_of("alice"), optimizer, self.network.wire, giver, taker)
+        self.schedule.holder = taker
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        output, labels, _ = self.network(batch, self.layout.cast(self.schedule.holder))
+        self.accuracy(output, labels)
+        self.log(f"{stage}/loss", self.loss(output, labels), batch_size=len(labels), prog_bar=True)
+        self.log(f"{stage}/accuracy", self.accuracy, prog_bar=True, on_epoch=True, on_step=False)
+
+    def _add_up(self, losses: list[tuple[Party, Batch, Tensor]]) -> None:
+        """Look at the losses of a stretch, all at once: on a GPU each look waits for it."""
+        values = torch.stack([loss for *_, loss in losses]).tolist()
+        for (alice, batch, _), value in zip(losses, values, strict=True):
+            if not math.isfinite(value):
+                raise DivergedError(
+                    f"the loss is {value} in the turn of {alice} at epoch {batch.number[0]}, mini-batch "
+                    f"{batch.number[1]}: lower `optimizer.lr` or set `trainer.gradient_clip_val`"
+                )
+            self.loss_sum += value * len(batch.ids)
+            self.num_rows += len(batch.ids)
+        self.log("loss", values[-1], prog_bar=True, logger=False)
+
+
+def _check(loss: nn.Module, output: Tensor, num_classes: int, interval: str, steps_per_execution: int) -> None:
+    if interval not in ("epoch", "step"):
+        raise ValueError(f"`scheduler.interval` (={interval}) must be epoch or step")
+    if steps_per_execution < 1:
+        raise ValueError(f"`steps_per_execution` (={steps_per_execution}) must be at least 1")
+    if output.ndim != 2 or output.shape[1] != num_classes:
+        raise ValueError(
+            f"the model's output has shape {list(output.shape[1:])} per sample, the data {num_classes} classes: "
+            f"end the model in a block with {num_classes} outputs"
+        )
+    logs = torch.allclose(output.float().exp().sum(1), torch.ones(len(output)), atol=1e-3)
+    if isinstance(loss, nn.NLLLoss) and not logs:
+        raise ValueError("`loss` (=NLLLoss) takes log-probabilities: end the model in LogSoftmax, or use CrossEntropyLoss")
+    probabilities = torch.allclose(output.float().sum(1), torch.ones(len(output)), atol=1e-3)
+    if isinstance(loss, nn.CrossEntropyLoss) and (logs or (probabilities and bool((output >= 0).all()))):
+        raise ValueError("`loss` (=CrossEntropyLoss) takes logits: drop the model's last Softmax, or use NLLLoss with LogSoftmax")

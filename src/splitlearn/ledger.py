@@ -1,0 +1,39 @@
+"""What a run costs, counted where it happens."""
+
+from __future__ import annotations
+
+from splitlearn.layout import Party
+
+KINDS = ("activation", "gradient", "label", "weights", "weight_gradient", "optimizer_state", "metric", "control")
+
+
+class Ledger:
+    """Bytes by sender, receiver and kind of message.
+
+    `num_bytes` maps `(src, dst, kind)` to the bytes that went that way so far.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes: dict[tuple[Party, Party, str], int] = {}
+
+    def add(self, src: Party, dst: Party, kind: str, num_bytes: int) -> None:
+        key = (src, dst, kind)
+        self.num_bytes[key] = self.num_bytes.get(key, 0) + num_bytes
+
+    def table(self) -> dict[str, dict[str, int]]:
+        """Return `{"alice0->bob": {"activation": bytes, ...}, ...}`."""
+        table: dict[str, dict[str, int]] = {}
+        for (src, dst, kind), num_bytes in self.num_bytes.items():
+            table.setdefault(f"{src}->{dst}", {})[kind] = num_bytes
+        return table
+
+    def load(self, table: dict[str, dict[str, int]]) -> None:
+        """Take the counts of an earlier `table()`, e.g. from a checkpoint."""
+        self.num_bytes = {
+            (*_split(pair), kind): num_bytes for pair, kinds in table.items() for kind, num_bytes in kinds.items()
+        }
+
+
+def _split(pair: str) -> tuple[Party, Party]:
+    src, _, dst = pair.partition("->")
+    return src, dst

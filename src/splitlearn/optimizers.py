@@ -1,0 +1,124 @@
+"""One optimizer per role, stepped by hand as Lightning would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from splitlearn.layout import Role
+from splitlearn.network import SplitNetwork
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
+
+
+class Stepper:
+    """Erases, scales, clips and steps for every role, with gradient scaling and hooks as the trainer has them.
+
+    Lightning's own optimizer wrapper costs more than a small network's step, and under 16-mixed updates the gradient
+    scale after each optimizer, so that the second unscales by the wrong one. This updates it once per mini-batch.
+
+    Arguments:
+        learner: attached to a trainer whose optimizers are set up, in the order of `roles`.
+        clip: keyword arguments of `LightningModule.clip_gradients`; each role is clipped by itself.
+    """
+
+    def __init__(self, learner: pl.LightningModule, roles: Iterable[Role], clip: Mapping[str, Any]) -> None:
+        trainer = learner.trainer
+        self.learner, self.clip = learner, clip
+        self.optimizers: dict[Role, Optimizer] = dict(zip(roles, trainer.optimizers, strict=True))
+        self.parameters = [p for o in trainer.optimizers for group in o.param_groups for p in group["params"]]
+        self.scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
+        self.listeners = {hook: _listeners(learner, hook) for hook in HOOKS}
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers.values():
+            self._tell("on_before_zero_grad", optimizer)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def before_backward(self, loss: Tensor) -> Tensor:
+        """Return the loss to go backward from, scaled under 16-mixed.
+
+        The scale is a power of two and crosses the cut with the gradient: it keeps small half-precision gradients
+        from vanishing on the way.
+        """
+        loss = loss if self.scaler is None else self.scaler.scale(loss)
+        self._tell("on_before_backward", loss)
+        return loss
+
+    def step(self) -> None:
+        self._tell("on_after_backward")
+        for optimizer in self.optimizers.values():
+            if self.scaler is not None:
+                self.scaler.unscale_(optimizer)
+            self._tell("on_before_optimizer_step", optimizer)
+            if self.clip["gradient_clip_val"]:
+                self.learner.clip_gradients(optimizer, **self.clip)
+            if self.scaler is None:
+                optimizer.step()
+            else:
+                self.scaler.step(optimizer)
+        if self.scaler is not None:
+            self.scaler.update()
+        if torch.is_autocast_enabled(self.learner.device.type):
+            # Autocast keeps its half-precision copies of the weights, and these have just changed.
+            torch.clear_autocast_cache()
+
+    def step_schedulers(self, interval: str) -> None:
+        """Step the learning-rate schedulers of this interval, as Lightning does in automatic optimization."""
+        trainer = self.learner.trainer
+        for config in trainer.lr_scheduler_configs:
+            if config.interval != interval:
+                continue
+            if isinstance(config.scheduler, ReduceLROnPlateau):
+                config.scheduler.step(self._monitored(str(config.monitor)))
+            else:
+                config.scheduler.step()
+
+    def _monitored(self, name: str) -> Tensor:
+        metrics = self.learner.trainer.callback_metrics
+        if name not in metrics:
+            raise ValueError(f"`scheduler.monitor` (={name}) is not measured; measured are {', '.join(sorted(metrics))}")
+        return metrics[name]
+
+    def _tell(self, hook: str, *args: Any) -> None:
+        for listener in self.listeners[hook]:
+            listener(*args)
+
+
+def by_role(
+    network: SplitNetwork, default: MakeOptimizer, overrides: Mapping[Role, MakeOptimizer]
+) -> dict[Role, MakeOptimizer]:
+    """Return the optimizer of each role that has something to train, tried out once so that a wrong option shows now."""
+    for role in overrides:
+        if role not in network.layout.roles:
+            raise ValueError(f"`optimizers.{role}` names no role of the layout: {', '.join(network.layout.roles)}")
+    makers = {role: overrides.get(role, default) for role in network.layout.roles if network.parameters_of(role)}
+    if not makers:
+        raise ValueError("the model has no parameters that require a gradient: there is nothing to train")
+    for role, make in makers.items():
+        try:
+            make(network.parameters_of(role))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the optimizer of {role} cannot be made: {error}; change `optimizer`") from error
+    return makers
+
+
+def _listeners(learner: pl.LightningModule, hook: str) -> list[Callable[..., None]]:
+    trainer = learner.trainer
+    heard = [
+        partial(getattr(callback, hook), trainer, learner)
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if is_overridden(hook, callback, Callback)
+    ]
+    return [*heard, getattr(learner, hook)] if is_overridden(hook, learner, pl.LightningModule) else heard

@@ -1,0 +1,10 @@
+"""Randomness as a function of names: the same draw whatever was drawn before, in every engine and in a resumed run."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+
+def derive(seed: int, *names: object) -> int:
+    """Return the seed in [0, 2**63) that belongs to `names` under `seed`, e.g. `derive(0, "weights", "hidden1")`."""
+    return int.from_bytes(blake2b(repr((seed, *names)).encode(), digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,68 @@
+"""What is between two parties: every tensor that one sends another goes through `Wire.carry`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from splitlearn.layout import Party
+from splitlearn.ledger import KINDS, Ledger
+
+
+class Message(NamedTuple):
+    """One tensor on its way from `src` to `dst`; `kind` is one of `ledger.KINDS`."""
+
+    src: Party
+    dst: Party
+    kind: str
+    tensor: Tensor
+
+
+class Tap(Protocol):
+    """Sits at one party and hears what that party sends or receives.
+
+    `hear` may return a tensor, which then goes out instead; only what its own party sends may be replaced.
+    """
+
+    party: Party
+
+    def hear(self, message: Message) -> Tensor | None: ...
+
+
+class Wire:
+    """The wire inside one process, which plays every party. Counts the bytes of each payload in its ledger."""
+
+    def __init__(self) -> None:
+        self.ledger = Ledger()
+        self.taps: list[Tap] = []
+
+    def plays(self, party: Party) -> bool:
+        """Whether `party` lives in this process."""
+        return True
+
+    def carry(self, tensor: Tensor, src: Party, dst: Party, kind: str) -> Tensor:
+        """Bring `tensor` from `src` to `dst` and return what `dst` receives: same shape and dtype, no graph.
+
+        Raises ValueError for a `kind` that the ledger does not know.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"`kind` (={kind}) must be one of {', '.join(KINDS)}")
+        payload = tensor.detach()
+        for tap in self.taps:
+            if tap.party in (src, dst):
+                payload = _replaced(tap, Message(src, dst, kind, payload))
+        self.ledger.add(src, dst, kind, payload.nbytes)
+        return payload
+
+
+def _replaced(tap: Tap, message: Message) -> Tensor:
+    instead = tap.hear(message)
+    if instead is None:
+        return message.tensor
+    if tap.party != message.src:
+        raise ValueError(
+            f"a tap at {tap.party} replaced what {message.src} sent to {message.dst}: "
+            f"it may replace only what {tap.party} sends"
+        )
+    return instead.detach()
