@@ -177,7 +177,6 @@ class SplitLearner(pl.LightningModule):
                 )
             self.loss_sum += value * len(batch.ids)
             self.num_rows += len(batch.ids)
-        self.log("loss", values[-1], prog_bar=True, logger=False)
 
 
 def _check(loss: nn.Module, output: Tensor, num_classes: int, interval: str, steps_per_execution: int) -> None:

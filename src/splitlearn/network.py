@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from splitlearn.cut import CutLayer, Hop
+from splitlearn.cut import CutLayer, Hop, run_backward
 from splitlearn.layout import Layout, Party, Role, Stage
 from splitlearn.seeds import derive
 from splitlearn.wire import Wire
@@ -96,6 +96,8 @@ class SplitNetwork(nn.Module):
         uses = Counter(name for stage in layout.stages for name in stage.blocks)
         self.segments = nn.ModuleDict({stage.name: _segment(stage, blocks, uses, seed) for stage in layout.stages})
         self.owners = {stage.name: stage.role for stage in layout.stages}
+        # A list beside the ModuleDict, whose look-ups would cost as much as the cut itself.
+        self.program = [(stage, self.segments[stage.name]) for stage in layout.stages]
         with torch.random.fork_rng(devices=[]):
             self.sample_output = self._shape(sample)
 
@@ -103,16 +105,16 @@ class SplitNetwork(nn.Module):
         """Run all stages. Return the output and the labels, both at the holder of the loss, and the tape of hops."""
         values = dict(batch.fields)
         tape: list[Hop] = []
-        for stage in self.layout.stages:
+        for stage, segment in self.program:
             inputs = [self._bring(values, name, stage.role, cast, tape) for name in stage.inputs]
-            values[stage.name] = self.segments[stage.name](_join(inputs), batch.number)
+            values[stage.name] = segment(_join(inputs), batch.number)
         holder, owner = cast[stage.role], cast[self.layout.owners["y"]]
         labels = values["y"] if owner == holder else self.wire.carry(values["y"], owner, holder, "label")
         return values[stage.name], labels, tape
 
     def backward(self, loss: Tensor, tape: list[Hop]) -> None:
         """Walk the tape backwards: each gradient crosses its cut to the party that sent the activation."""
-        loss.backward()
+        run_backward(loss)
         for hop in reversed(tape):
             self.cut.backward(hop)
 
@@ -135,8 +137,8 @@ class SplitNetwork(nn.Module):
 
     def _shape(self, sample: Mapping[str, Tensor]) -> Tensor:
         values = dict(sample)
-        for stage in self.layout.stages:
-            values[stage.name] = self.segments[stage.name].shape(_join([values[name] for name in stage.inputs]))
+        for stage, segment in self.program:
+            values[stage.name] = segment.shape(_join([values[name] for name in stage.inputs]))
         return values[stage.name]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -38,6 +39,8 @@ class Stepper:
         self.optimizers: dict[Role, Optimizer] = dict(zip(roles, trainer.optimizers, strict=True))
         self.parameters = [p for o in trainer.optimizers for group in o.param_groups for p in group["params"]]
         self.scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
+        self.autocasts = isinstance(trainer.precision_plugin, MixedPrecision)
+        self.schedulers = {i: [c for c in trainer.lr_scheduler_configs if c.interval == i] for i in ("epoch", "step")}
         self.listeners = {hook: _listeners(learner, hook) for hook in HOOKS}
 
     def zero_grad(self) -> None:
@@ -70,16 +73,13 @@ class Stepper:
                 self.scaler.step(optimizer)
         if self.scaler is not None:
             self.scaler.update()
-        if torch.is_autocast_enabled(self.learner.device.type):
+        if self.autocasts:
             # Autocast keeps its half-precision copies of the weights, and these have just changed.
             torch.clear_autocast_cache()
 
     def step_schedulers(self, interval: str) -> None:
         """Step the learning-rate schedulers of this interval, as Lightning does in automatic optimization."""
-        trainer = self.learner.trainer
-        for config in trainer.lr_scheduler_configs:
-            if config.interval != interval:
-                continue
+        for config in self.schedulers[interval]:
             if isinstance(config.scheduler, ReduceLROnPlateau):
                 config.scheduler.step(self._monitored(str(config.monitor)))
             else:

@@ -49,11 +49,9 @@ class TurnLoader:
         return len(self.steps(epoch=0))
 
     def __iter__(self) -> Iterator[Stretch[Turns]]:
-        start = self.pace.done
+        start, length = self.pace.done, len(self)
         steps = self._turns(self.pace.trainer.current_epoch, start)
-        for _ in range(start, len(self)):
-            if self.pace.done >= len(self):
-                return
+        while self.pace.done < length:
             yield Stretch(steps, self.pace.next_length())
 
     def steps(self, epoch: int) -> list[Step]:

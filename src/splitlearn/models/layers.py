@@ -47,7 +47,8 @@ def dense_blocks(
 ) -> dict[str, nn.Sequential]:
     """Blocks `{prefix}1`, `{prefix}2`, ... with ReLU, and a linear `head`; the first of them flattens its input.
 
-    (N, ...) in, (N, num_classes) logits out. ValueError if `num_classes` is below 2, a size is below 1, or `dropout` is not in [0, 1).
+    (N, ...) in, (N, num_classes) logits out. ValueError if `num_classes` is below 2, a size is below
+    1, or `dropout` is not in [0, 1).
     """
     _check(hidden_sizes, num_classes, dropout)
     blocks = {}
