@@ -14,16 +14,13 @@ from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
 from splitlearn.data.loader import Turns
+from splitlearn.errors import DivergedError, InputError
 from splitlearn.layout import Party, Role
 from splitlearn.ledger import Ledger
 from splitlearn.network import Batch, SplitNetwork
 from splitlearn.optimizers import MakeOptimizer, Stepper, by_role
 from splitlearn.pace import Pace, Stretch
 from splitlearn.schedule import Sequential
-
-
-class DivergedError(RuntimeError):
-    """The loss is not a finite number."""
 
 
 class SplitLearner(pl.LightningModule):
@@ -70,7 +67,7 @@ class SplitLearner(pl.LightningModule):
         self.ledger, self.evaluation_ledger = network.wire.ledger, Ledger()
         # Only the holder of the loss computes metrics; one that syncs by itself would wait for the other parties.
         self.accuracy = MulticlassAccuracy(num_classes, average="micro", sync_on_compute=False)
-        self.loss_sum, self.num_rows = 0.0, 0
+        self.loss_sum, self.num_rows, self.last_loss = 0.0, 0, math.nan
 
     def training_step(self, stretch: Stretch[Turns], batch_idx: int) -> None:
         losses = []
@@ -146,7 +143,7 @@ class SplitLearner(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("splitlearn", {"layout": "a model that splitlearn did not train"})
         if state["layout"] != self.layout.describe():
-            raise ValueError(
+            raise InputError(
                 f"`ckpt` is of another layout: {state['layout']}, this run has {self.layout.describe()}: "
                 "resume with the layout of the checkpoint, or train anew without `ckpt`"
             )
@@ -177,6 +174,7 @@ class SplitLearner(pl.LightningModule):
                 )
             self.loss_sum += value * len(batch.ids)
             self.num_rows += len(batch.ids)
+        self.last_loss = values[-1]
 
 
 def _check(loss: nn.Module, output: Tensor, num_classes: int, interval: str, steps_per_execution: int) -> None:

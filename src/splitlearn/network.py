@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from splitlearn.cut import CutLayer, Hop, run_backward
 from splitlearn.layout import Layout, Party, Role, Stage
+from splitlearn.ledger import Ledger
 from splitlearn.seeds import derive
 from splitlearn.wire import Wire
 
@@ -117,6 +118,23 @@ class SplitNetwork(nn.Module):
         run_backward(loss)
         for hop in reversed(tape):
             self.cut.backward(hop)
+
+    @torch.no_grad()
+    def look(self, fields: Mapping[str, Tensor]) -> tuple[list[Hop], Ledger]:
+        """Run some rows in evaluation mode. Return what would cross, each party named by its role, and its bytes.
+
+        Nothing is sent: the network's own ledger and taps do not hear of it.
+        """
+        wire, training = self.wire, self.training
+        self.wire = self.cut.wire = Wire()
+        self.eval()
+        try:
+            rows = torch.arange(len(fields["y"]))
+            _, _, tape = self(Batch(rows, dict(fields), (0, 0)), {role: role for role in self.layout.roles})
+            return tape, self.wire.ledger
+        finally:
+            self.wire = self.cut.wire = wire
+            self.train(training)
 
     def segments_of(self, role: Role) -> list[nn.Module]:
         return [self.segments[stage.name] for stage in self.layout.stages if stage.role == role]

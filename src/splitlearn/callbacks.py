@@ -1,0 +1,184 @@
+"""What watches a run: the progress bar, results.json, TensorBoard, and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.utils import make_grid
+
+from splitlearn.learner import SplitLearner
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, counting mini-batches and showing the epoch's mean loss so far."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.fit_loop.batch_idx)
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        return {**metrics, "loss": f"{pl_module.mean_loss:.3f}"} if isinstance(pl_module, SplitLearner) else metrics
+
+
+class Results(Callback):
+    """Keeps `results.json`: the epochs so far, the test, the bytes of training, the seconds. Survives a resume.
+
+    Written after every epoch, after the test, and when the run breaks off.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.epochs: list[dict[str, float]] = []
+        self.test: dict[str, float] = {}
+        self.earlier = 0.0
+        self.started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier + time.perf_counter() - self.started
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
+        measured = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        epoch = {"epoch": trainer.current_epoch, "train/loss": learner.mean_loss, **measured}
+        self.epochs = [*self.epochs[: trainer.current_epoch], epoch]
+        self.write(learner)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
+        self.test = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+        self.write(learner)
+
+    def on_exception(self, trainer: pl.Trainer, learner: SplitLearner, exception: BaseException) -> None:  # type: ignore[override]
+        self.write(learner, stopped=f"{type(exception).__name__}: {exception}")
+
+    def write(self, learner: SplitLearner, **more: Any) -> None:
+        results = {
+            "epochs": self.epochs,
+            "test": self.test,
+            "bytes": learner.ledger.table(),
+            "evaluation_bytes": learner.evaluation_ledger.table(),
+            "seconds": round(self.seconds, 3),
+            **more,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(".json.tmp")
+        unfinished.write_text(json.dumps(results, indent=2) + "\n")
+        unfinished.replace(self.path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epochs, self.earlier = state_dict["epochs"], state_dict["seconds"]
+
+
+class Interrupt(Callback):
+    """Ctrl-C ends the mini-batch at hand, saves a checkpoint and stops; a second Ctrl-C stops at once.
+
+    Without this, one party's optimizer would have stepped and another's not.
+    """
+
+    content_with_stretches = True
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.asked = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        def ask(number: int, frame: FrameType | None) -> None:
+            self.asked = trainer.should_stop = True
+            signal.signal(signal.SIGINT, self.before)
+
+        self.before = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, ask)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._stop(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop(trainer)
+
+    def _stop(self, trainer: pl.Trainer) -> None:
+        if self.asked:
+            self.asked = False
+            trainer.save_checkpoint(self.path)
+            rank_zero_info(f"Stopped by Ctrl-C. Resume with ckpt={self.path}")
+            raise KeyboardInterrupt
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if hasattr(self, "before"):
+            signal.signal(signal.SIGINT, self.before)
+
+
+class Watch(Callback):
+    """Writes to TensorBoard what a split run has that others have not.
+
+    Every `log_every_n_steps` mini-batches the loss, and by role the learning rate and the gradient's norm, and the
+    bytes so far by direction and kind; after every epoch a histogram of what crosses each cut, and a sheet of inputs
+    beside it.
+
+    Arguments:
+        num_images: the rows of the data on the sheet.
+    """
+
+    content_with_stretches = True
+
+    def __init__(self, num_images: int = 8) -> None:
+        self.num_images = num_images
+
+    def on_train_batch_end(self, trainer: pl.Trainer, learner: SplitLearner, *_: Any) -> None:  # type: ignore[override]
+        step = trainer.global_step
+        if not trainer.loggers or not trainer.log_every_n_steps or step % trainer.log_every_n_steps:
+            return
+        scalars = {"train/loss_step": learner.last_loss}
+        for role, optimizer in learner.stepper.optimizers.items():
+            scalars[f"lr/{role}"] = optimizer.param_groups[0]["lr"]
+            scalars[f"grad_norm/{role}"] = float(_norm(learner.network.parameters_of(role)))
+        for pair, kinds in learner.ledger.table().items():
+            scalars.update({f"bytes/{pair}/{kind}": float(num_bytes) for kind, num_bytes in kinds.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=step)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
+        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, pl.loggers.TensorBoardLogger)]
+        if not writers or not hasattr(trainer.datamodule, "sample"):  # type: ignore[attr-defined]
+            return
+        fields = trainer.datamodule.sample(self.num_images)  # type: ignore[attr-defined]
+        tape, _ = learner.network.look({name: field.to(learner.device) for name, field in fields.items()})
+        crossed = {f"{hop.sender}->{hop.receiver}": hop.received.float().cpu() for hop in tape}
+        seen = {**{name: field for name, field in fields.items() if name != "y"}, **crossed}
+        for writer in writers:
+            for name, value in crossed.items():
+                writer.add_histogram(f"smashed/{name}", value, trainer.global_step)
+            sheet = torch.cat([_strip(value) for value in seen.values()], dim=1)
+            writer.add_image("inputs above what crosses", sheet, trainer.global_step)
+
+
+def _strip(value: Tensor) -> Tensor:
+    """Draw each row of [N, ...] as one picture of 64x64 pixels, side by side: [3, 68, 2 + 66 N]."""
+    if value.ndim != 4:
+        flat = value.flatten(1)
+        side = math.ceil(math.sqrt(flat.shape[1]))
+        value = F.pad(flat, (0, side * side - flat.shape[1])).view(len(flat), 1, side, side)
+    pictures = value if value.shape[1] == 3 else value.mean(1, keepdim=True)
+    return make_grid(F.interpolate(pictures, (64, 64)), nrow=len(pictures), normalize=True, scale_each=True)
+
+
+def _norm(parameters: list[torch.nn.Parameter]) -> Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -1,0 +1,34 @@
+"""The simulator: this process plays every party."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from splitlearn.data import SplitData
+from splitlearn.learner import SplitLearner
+from splitlearn.wire import Wire
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Loads tensors and plain values only: a checkpoint that somebody sent can run no code here."""
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+
+
+class Simulated:
+    """Trains and tests in this process; its wire carries from one party to the other in memory."""
+
+    def make_wire(self) -> Wire:
+        return Wire()
+
+    def run(self, trainer: pl.Trainer, learner: SplitLearner, data: SplitData, ckpt: str | None) -> dict[str, float]:
+        """Fit, from `ckpt` on if it is given, and test; return the last value of every metric."""
+        trainer.fit(learner, datamodule=data, ckpt_path=ckpt)
+        metrics = dict(trainer.callback_metrics)
+        trainer.test(learner, datamodule=data, verbose=False)
+        return {name: float(value) for name, value in {**metrics, **trainer.callback_metrics}.items()}
