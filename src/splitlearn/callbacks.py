@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -18,11 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
+from splitlearn.drawing import draw
 from splitlearn.learner import SplitLearner
 
 
 class ProgressBar(TQDMProgressBar):
     """Lightning's bar, counting mini-batches and showing the epoch's mean loss so far."""
+
+    content_with_stretches = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -34,6 +38,17 @@ class ProgressBar(TQDMProgressBar):
         return {**metrics, "loss": f"{pl_module.mean_loss:.3f}"} if isinstance(pl_module, SplitLearner) else metrics
 
 
+class Drawing(Callback):
+    """Prints the layout before training: who owns what, and what crosses each cut in the precision of the run."""
+
+    def on_fit_start(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        rows = trainer.precision_plugin.convert_input(data.sample())
+        with trainer.precision_plugin.forward_context():
+            fields = {name: field.to(learner.device) for name, field in rows.items()}
+            print(draw(learner.network, fields, data.batch_size, learner.schedule.takers), flush=True)
+
+
 class Results(Callback):
     """Keeps `results.json`: the epochs so far, the test, the bytes of training, the seconds. Survives a resume.
 
@@ -43,6 +58,7 @@ class Results(Callback):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.epochs: list[dict[str, float]] = []
+        self.validated: dict[str, float] = {}
         self.test: dict[str, float] = {}
         self.earlier = 0.0
         self.started = time.perf_counter()
@@ -54,14 +70,22 @@ class Results(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.started = time.perf_counter()
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.earlier, self.started = self.seconds, time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.validated = {}
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.validated = _measured(trainer, "val/")
+
     def on_train_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
-        measured = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        epoch = {"epoch": trainer.current_epoch, "train/loss": learner.mean_loss, **measured}
+        epoch = {"epoch": trainer.current_epoch, "train/loss": learner.mean_loss, **self.validated}
         self.epochs = [*self.epochs[: trainer.current_epoch], epoch]
         self.write(learner)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
-        self.test = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+        self.test = _measured(trainer, "test/")
         self.write(learner)
 
     def on_exception(self, trainer: pl.Trainer, learner: SplitLearner, exception: BaseException) -> None:  # type: ignore[override]
@@ -82,14 +106,15 @@ class Results(Callback):
         unfinished.replace(self.path)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epochs": self.epochs, "seconds": self.seconds}
+        return {"epochs": self.epochs, "validated": self.validated, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.epochs, self.earlier = state_dict["epochs"], state_dict["seconds"]
+        self.epochs, self.validated = state_dict["epochs"], state_dict["validated"]
+        self.earlier = state_dict["seconds"]
 
 
 class Interrupt(Callback):
-    """Ctrl-C ends the mini-batch at hand, saves a checkpoint and stops; a second Ctrl-C stops at once.
+    """Ctrl-C ends the stretch or the validation at hand, saves a checkpoint and stops; a second one stops at once.
 
     Without this, one party's optimizer would have stepped and another's not.
     """
@@ -99,31 +124,37 @@ class Interrupt(Callback):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.asked = False
+        self.before: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        def ask(number: int, frame: FrameType | None) -> None:
-            self.asked = trainer.should_stop = True
-            signal.signal(signal.SIGINT, self.before)
-
-        self.before = signal.getsignal(signal.SIGINT)
-        signal.signal(signal.SIGINT, ask)
+        self.asked = False
+        if threading.current_thread() is threading.main_thread():  # no other may listen to signals
+            self.before = signal.signal(signal.SIGINT, self._ask)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._stop(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop(trainer)
+        self._restore()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self.before)
 
     def _stop(self, trainer: pl.Trainer) -> None:
         if self.asked:
-            self.asked = False
             trainer.save_checkpoint(self.path)
             rank_zero_info(f"Stopped by Ctrl-C. Resume with ckpt={self.path}")
             raise KeyboardInterrupt
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if hasattr(self, "before"):
+    def _restore(self) -> None:
+        if self.before is not None:
             signal.signal(signal.SIGINT, self.before)
+            self.before = None
 
 
 class Watch(Callback):
@@ -155,19 +186,28 @@ class Watch(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=step)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self.fields = data.sample(self.num_images) if hasattr(data, "sample") else None
+
     def on_train_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
         writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, pl.loggers.TensorBoardLogger)]
-        if not writers or not hasattr(trainer.datamodule, "sample"):  # type: ignore[attr-defined]
+        if not writers or self.fields is None:
             return
-        fields = trainer.datamodule.sample(self.num_images)  # type: ignore[attr-defined]
-        tape, _ = learner.network.look({name: field.to(learner.device) for name, field in fields.items()})
+        fields = {name: field.to(learner.device) for name, field in self.fields.items()}
+        with trainer.precision_plugin.forward_context():
+            tape, _ = learner.network.look(fields)
         crossed = {f"{hop.sender}->{hop.receiver}": hop.received.float().cpu() for hop in tape}
-        seen = {**{name: field for name, field in fields.items() if name != "y"}, **crossed}
+        seen = {**{name: field.float().cpu() for name, field in fields.items() if name != "y"}, **crossed}
         for writer in writers:
             for name, value in crossed.items():
                 writer.add_histogram(f"smashed/{name}", value, trainer.global_step)
             sheet = torch.cat([_strip(value) for value in seen.values()], dim=1)
             writer.add_image("inputs above what crosses", sheet, trainer.global_step)
+
+
+def _measured(trainer: pl.Trainer, prefix: str) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
 
 
 def _strip(value: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from splitlearn.cut import Hop
 from splitlearn.layout import Party
 from splitlearn.network import SplitNetwork
 
@@ -18,32 +19,34 @@ def draw(network: SplitNetwork, sample: Mapping[str, Tensor], batch_size: int, t
           | alice -> bob: activation 64 x 640 float32, 163,840 bytes, and its gradient back
         bob     head <- y                                         6,410 parameters
     """
-    layout, rows = network.layout, len(sample["y"])
+    layout, times = network.layout, batch_size / len(sample["y"])
     tape, ledger = network.look(sample)
     hops = iter(tape)
     lines = [layout.kind if len(takers) == 1 else f"{layout.kind}, in turns: {_shorten(takers)}"]
     for stage in layout.stages:
-        for name in stage.inputs:
-            if network.owners.get(name, stage.role) != stage.role:
-                hop = next(hops)
-                what = f"activation {_shape(hop.received, batch_size)}, {batch_size * hop.received.nbytes // rows:,} bytes"
-                lines.append(f"  | {hop.sender} -> {hop.receiver}: {what}, and its gradient back")
+        crossing = [name for name in stage.inputs if network.owners.get(name, stage.role) != stage.role]
+        lines += [_crossing(next(hops), batch_size, times) for _ in crossing]
         blocks = [f"{name} {_shape(sample[name])} ->" for name in stage.inputs if name in sample] + list(stage.blocks)
         size = sum(p.numel() for p in network.segments[stage.name].parameters())
         labels = " <- y" if stage is layout.stages[-1] else ""
         lines.append(f"{stage.role:<8}{' '.join(blocks) + labels:<48}{size:>14,} parameters")
     for (src, dst, kind), num_bytes in ledger.num_bytes.items():
         if kind == "label":
-            lines.append(f"  | {src} -> {dst}: {batch_size} labels, {batch_size * num_bytes // rows:,} bytes")
+            lines.append(f"  | {src} -> {dst}: {batch_size} labels, {times * num_bytes:,.0f} bytes")
     if len(takers) > 1:
-        weights = sum(value.nbytes for segment in network.segments_of("alice") for value in segment.state_dict().values())
-        lines.append(f"  | each alice -> the next: weights, {weights:,} bytes a turn")
+        num_bytes = sum(v.nbytes for segment in network.segments_of("alice") for v in segment.state_dict().values())
+        lines.append(f"  | each alice -> the next: weights, {num_bytes:,} bytes a turn")
     return "\n".join(lines)
 
 
-def _shape(value: Tensor, batch_size: int | None = None) -> str:
-    row = "x".join(str(size) for size in value.shape[1:])
-    return row if batch_size is None else f"{batch_size} x {row} {str(value.dtype).removeprefix('torch.')}"
+def _crossing(hop: Hop, batch_size: int, times: float) -> str:
+    kind = str(hop.received.dtype).removeprefix("torch.")
+    what = f"activation {batch_size} x {_shape(hop.received)} {kind}, {times * hop.received.nbytes:,.0f} bytes"
+    return f"  | {hop.sender} -> {hop.receiver}: {what}, and its gradient back"
+
+
+def _shape(value: Tensor) -> str:
+    return "x".join(str(size) for size in value.shape[1:])
 
 
 def _shorten(takers: Sequence[Party]) -> str:

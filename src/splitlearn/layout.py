@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 Party = str
 """A name: `alice0`, `bob`, `carol`. The party owns segments, an optimizer and the data fields the layout gives it."""
 Role = str
-"""The part that a party plays: `alice` is played by each Alice in her turn, every other role by the party of its name."""
+"""The part that a party plays: `alice` is played by each Alice in her turn, any other by the party of its name."""
 
 CHAIN = ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi")
 
@@ -76,8 +77,8 @@ class Layout:
 
     def takers(self, num_alices: int) -> tuple[Party, ...]:
         """Who takes turns: every Alice after the other, or all Alices at once under the one name `alices`."""
-        if num_alices < 1:
-            raise ValueError(f"`num_alices` (={num_alices}) must be at least 1")
+        if not isinstance(num_alices, int) or num_alices < 1:
+            raise ValueError(f"`num_alices` (={num_alices}) must be a whole number of at least 1")
         return tuple(f"alice{i}" for i in range(num_alices)) if "alice" in self.roles else ("alices",)
 
     def cast(self, taker: Party) -> dict[Role, Party]:
@@ -149,7 +150,7 @@ def whole(blocks: Sequence[str]) -> Layout:
 
 
 def _bottoms(blocks: Sequence[str], num_alices: int) -> tuple[Stage, ...]:
-    if num_alices < 2:
+    if not isinstance(num_alices, int) or num_alices < 2:
         raise ValueError(f"`num_alices` (={num_alices}) must be at least 2 to own columns; use two_party for one")
     return tuple(Stage(f"bottom{i}", f"alice{i}", (f"x{i}",), tuple(blocks)) for i in range(num_alices))
 
@@ -166,11 +167,12 @@ def _check_labels(kind: str, owner: Role, roles: Sequence[Role]) -> None:
 def _find_cuts(kind: str, blocks: Sequence[str], cuts: Sequence[int | str], exactly: int | None = None) -> list[int]:
     """Return each cut as the number of blocks before it; a block's name cuts behind that block."""
     key = "layout.cut" if kind in ("two_party", "vertical") else "layout.cuts"
-    if isinstance(cuts, str) or not cuts or (exactly is not None and len(cuts) != exactly):
+    listed = isinstance(cuts, Sequence) and not isinstance(cuts, str)
+    if not listed or not cuts or (exactly is not None and len(cuts) != exactly):
         wanted = f"exactly {exactly} cuts" if exactly is not None else "a list of at least one cut"
         raise ValueError(f"`{key}` (={cuts}) must be {wanted}, e.g. `{key}=[1,2]`, for {kind}")
     found = [_find_cut(key, blocks, cut) for cut in cuts]
-    if any(a >= b for a, b in zip(found, found[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(found)):
         raise ValueError(f"`{key}` (={list(cuts)}) must increase from the input to the output: {_numbered(blocks)}")
     return found
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
@@ -19,7 +20,7 @@ from splitlearn.layout import Party, Role
 from splitlearn.ledger import Ledger
 from splitlearn.network import Batch, SplitNetwork
 from splitlearn.optimizers import MakeOptimizer, Stepper, by_role
-from splitlearn.pace import Pace, Stretch
+from splitlearn.pace import Pace, Stretch, go_on
 from splitlearn.schedule import Sequential
 
 
@@ -60,7 +61,7 @@ class SplitLearner(pl.LightningModule):
         super().__init__()
         _check(loss, network.sample_output, num_classes, interval, steps_per_execution)
         self.network, self.layout, self.schedule, self.loss = network, network.layout, schedule, loss
-        self.makers = by_role(network, optimizer, optimizers or {})
+        self.makers = by_role(network, optimizer, optimizers or {}, scheduler)
         self.scheduler, self.interval, self.monitor = scheduler, interval, monitor
         self.clip = {"gradient_clip_val": gradient_clip_val, "gradient_clip_algorithm": gradient_clip_algorithm}
         self.steps_per_execution = steps_per_execution
@@ -68,6 +69,7 @@ class SplitLearner(pl.LightningModule):
         # Only the holder of the loss computes metrics; one that syncs by itself would wait for the other parties.
         self.accuracy = MulticlassAccuracy(num_classes, average="micro", sync_on_compute=False)
         self.loss_sum, self.num_rows, self.last_loss = 0.0, 0, math.nan
+        self.measured: dict[str, Tensor] = {}  # what a checkpoint knew of `trainer.callback_metrics`
 
     def training_step(self, stretch: Stretch[Turns], batch_idx: int) -> None:
         losses = []
@@ -101,6 +103,18 @@ class SplitLearner(pl.LightningModule):
         """The mean training loss over the rows of this epoch so far."""
         return self.loss_sum / self.num_rows if self.num_rows else math.nan
 
+    @property
+    def kind(self) -> dict[str, str]:
+        """What a checkpoint must share with the run that goes on from it."""
+        made = {role: make(self.network.parameters_of(role)) for role, make in self.makers.items()}
+        blocks = [block for segment in self.network.segments.values() for block in segment.named_children()]
+        return {
+            "layout": self.layout.describe(),
+            "model": ", ".join(f"{name} of {sum(p.numel() for p in block.parameters())}" for name, block in blocks),
+            "optimizer": ", ".join(f"{role}: {type(optimizer).__name__}" for role, optimizer in made.items()),
+            "num_alices": str(len(self.schedule.takers)),
+        }
+
     def configure_optimizers(self) -> list[dict[str, Any]]:
         configs: list[dict[str, Any]] = []
         for role, make in self.makers.items():
@@ -108,21 +122,23 @@ class SplitLearner(pl.LightningModule):
             configs.append({"optimizer": optimizer})
             if self.scheduler is not None:
                 scheduler = {"scheduler": self.scheduler(optimizer), "name": f"lr/{role}"}
-                configs[-1]["lr_scheduler"] = {**scheduler, "interval": self.interval, "monitor": self.monitor}
+                configs[-1]["lr_scheduler"] = {**scheduler, "interval": self.interval}
         return configs
 
-    def on_fit_start(self) -> None:
+    def setup(self, stage: str) -> None:
         self.pace = Pace(self.trainer, self.steps_per_execution)
 
     def on_train_start(self) -> None:
-        self.stepper = Stepper(self, self.makers, self.clip)
+        self.trainer.callback_metrics.update(self.measured)
+        self.stepper = Stepper(self, self.makers, self.clip, self.monitor)
 
     def on_train_epoch_start(self) -> None:
         self.loss_sum, self.num_rows = 0.0, 0
 
     def on_train_epoch_end(self) -> None:
         self.log("train/loss", self.mean_loss)
-        self.stepper.step_schedulers("epoch")
+        if self.pace.left == 0:  # and no limit broke the epoch off
+            self.stepper.step_schedulers("epoch")
 
     def on_validation_start(self) -> None:
         self.network.wire.ledger = self.evaluation_ledger
@@ -134,23 +150,33 @@ class SplitLearner(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["splitlearn"] = {
-            "layout": self.layout.describe(),
+            "kind": self.kind,
             "schedule": self.schedule.state_dict(),
             "bytes": [self.ledger.table(), self.evaluation_ledger.table()],
             "loss": [self.loss_sum, self.num_rows],
+            "measured": dict(self.trainer.callback_metrics),
+            "left": self.pace.left,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint.get("splitlearn", {"layout": "a model that splitlearn did not train"})
-        if state["layout"] != self.layout.describe():
-            raise InputError(
-                f"`ckpt` is of another layout: {state['layout']}, this run has {self.layout.describe()}: "
-                "resume with the layout of the checkpoint, or train anew without `ckpt`"
-            )
+        state = checkpoint.get("splitlearn", {"kind": {"layout": "a model that splitlearn did not train"}})
+        for what, ours in self.kind.items():
+            theirs = state["kind"].get(what)
+            if theirs != ours:
+                raise InputError(
+                    f"`ckpt` is of another {what}: {theirs}, this run has {ours}: "
+                    f"resume with the {what} of the checkpoint, or train anew without `ckpt`"
+                )
+        if self.trainer.state.fn == TrainerFn.FITTING:  # to test or validate, the weights are enough
+            self._go_on(state, checkpoint["loops"]["fit_loop"])
+
+    def _go_on(self, state: dict[str, Any], fit_loop: dict[str, Any]) -> None:
         self.schedule.load_state_dict(state["schedule"])
         for ledger, table in zip((self.ledger, self.evaluation_ledger), state["bytes"], strict=True):
             ledger.load(table)
         self.loss_sum, self.num_rows = state["loss"]
+        self.measured = state["measured"]
+        go_on(fit_loop, state["left"])
 
     def _hand_over(self, giver: Party, taker: Party) -> None:
         optimizer = self.stepper.optimizers.get("alice")

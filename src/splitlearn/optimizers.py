@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from splitlearn.errors import InputError
 from splitlearn.layout import Role
 from splitlearn.network import SplitNetwork
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+MakeScheduler = Callable[[Optimizer], Any]
 HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
 
 
@@ -31,11 +33,14 @@ class Stepper:
     Arguments:
         learner: attached to a trainer whose optimizers are set up, in the order of `roles`.
         clip: keyword arguments of `LightningModule.clip_gradients`; each role is clipped by itself.
+        monitor: the metric that ReduceLROnPlateau follows. Lightning ignores a scheduler's own in manual optimization.
     """
 
-    def __init__(self, learner: pl.LightningModule, roles: Iterable[Role], clip: Mapping[str, Any]) -> None:
+    def __init__(
+        self, learner: pl.LightningModule, roles: Iterable[Role], clip: Mapping[str, Any], monitor: str = "val/loss"
+    ) -> None:
         trainer = learner.trainer
-        self.learner, self.clip = learner, clip
+        self.learner, self.clip, self.monitor = learner, clip, monitor
         self.optimizers: dict[Role, Optimizer] = dict(zip(roles, trainer.optimizers, strict=True))
         self.parameters = [p for o in trainer.optimizers for group in o.param_groups for p in group["params"]]
         self.scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
@@ -81,14 +86,15 @@ class Stepper:
         """Step the learning-rate schedulers of this interval, as Lightning does in automatic optimization."""
         for config in self.schedulers[interval]:
             if isinstance(config.scheduler, ReduceLROnPlateau):
-                config.scheduler.step(self._monitored(str(config.monitor)))
+                config.scheduler.step(self._monitored(self.monitor))
             else:
                 config.scheduler.step()
 
     def _monitored(self, name: str) -> Tensor:
         metrics = self.learner.trainer.callback_metrics
         if name not in metrics:
-            raise ValueError(f"`scheduler.monitor` (={name}) is not measured; measured are {', '.join(sorted(metrics))}")
+            measured = ", ".join(sorted(metrics))
+            raise InputError(f"`scheduler.monitor` (={name}) is not measured: choose one of {measured}")
         return metrics[name]
 
     def _tell(self, hook: str, *args: Any) -> None:
@@ -97,9 +103,15 @@ class Stepper:
 
 
 def by_role(
-    network: SplitNetwork, default: MakeOptimizer, overrides: Mapping[Role, MakeOptimizer]
+    network: SplitNetwork,
+    default: MakeOptimizer,
+    overrides: Mapping[Role, MakeOptimizer],
+    scheduler: MakeScheduler | None = None,
 ) -> dict[Role, MakeOptimizer]:
-    """Return the optimizer of each role that has something to train, tried out once so that a wrong option shows now."""
+    """Return the optimizer of each role that has something to train.
+
+    Each is tried out once, with a scheduler on it, so that a wrong option shows now.
+    """
     for role in overrides:
         if role not in network.layout.roles:
             raise ValueError(f"`optimizers.{role}` names no role of the layout: {', '.join(network.layout.roles)}")
@@ -108,9 +120,13 @@ def by_role(
         raise ValueError("the model has no parameters that require a gradient: there is nothing to train")
     for role, make in makers.items():
         try:
-            make(network.parameters_of(role))
+            optimizer = make(network.parameters_of(role))
         except (TypeError, ValueError) as error:
             raise ValueError(f"the optimizer of {role} cannot be made: {error}; change `optimizer`") from error
+        try:
+            _ = scheduler and scheduler(optimizer)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the scheduler of {role} cannot be made: {error}; change `scheduler`") from error
     return makers
 
 

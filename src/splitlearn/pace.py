@@ -4,38 +4,42 @@ Lightning's machinery around a `training_step` costs about as much as a small ne
 here runs a *stretch* of mini-batches (Keras calls it `steps_per_execution`), and Lightning's own counters are moved on
 for each, so that `global_step`, `batch_idx`, `max_steps`, `val_check_interval`, the progress bar and a checkpoint in
 mid-epoch count mini-batches as ever. A stretch ends wherever something wants to look: at each logging step, validation,
-checkpoint, limit, and after every mini-batch when a callback listens to each.
+checkpoint, limit, after a second, and after every mini-batch when a callback listens to each.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from itertools import islice
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, Timer
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, Timer
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 T = TypeVar("T")
 PER_BATCH_HOOKS = ("on_train_batch_start", "on_train_batch_end")
-# These look at where training stands, not at each mini-batch.
-CONTENT_WITH_STRETCHES = (ModelCheckpoint, ProgressBar, Timer)
+# These look at where training stands, not at each mini-batch; so does a callback with `content_with_stretches = True`.
+CONTENT_WITH_STRETCHES = (ModelCheckpoint, Timer)
+LONGEST_SECONDS = 1.0  # a bar that stands still for longer looks broken, and so does Ctrl-C
 
 
 class Stretch(Generic[T]):
-    """The next `length` steps of an iterator, computed as they are used. Iterate it once."""
+    """The next `length` steps of an iterator, taken one at a time. Who iterates over it sees the step at hand alone.
+
+    Lightning does so to find the size of a batch, and a callback that listens to every mini-batch to look into it.
+    """
 
     def __init__(self, steps: Iterator[T], length: int) -> None:
-        self._length = length
-        # A callback that listens to every mini-batch gets stretches of one, and may look into them.
-        self._steps = list(islice(steps, length)) if length == 1 else islice(steps, length)
-
-    def __len__(self) -> int:
-        return self._length
+        self.length = length
+        self._steps = steps
+        self.at_hand = next(steps)
 
     def __iter__(self) -> Iterator[T]:
-        return iter(self._steps)
+        yield self.at_hand
+
+    def advance(self) -> None:
+        self.at_hand = next(self._steps)
 
 
 class Pace:
@@ -48,49 +52,76 @@ class Pace:
 
     def __init__(self, trainer: pl.Trainer, longest: int) -> None:
         self.trainer = trainer
+        self.loop = trainer.fit_loop.epoch_loop
         self.longest = 1 if _listens_to_each(trainer) else longest
 
     @property
     def done(self) -> int:
         """Mini-batches of this epoch that are trained."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return self.loop.batch_progress.current.ready
+
+    @property
+    def left(self) -> float:
+        """Mini-batches of this epoch that are still to be trained."""
+        return self.trainer.num_training_batches - self.done
 
     def next_length(self) -> int:
-        """Return the length of the next stretch: up to the first point at which somebody looks."""
+        """Return the length of the next stretch, up to the first point at which somebody looks; 0 ends the epoch."""
         trainer, step = self.trainer, self.trainer.global_step
-        ahead = [self.longest, int(trainer.num_training_batches) - self.done]
+        # Lightning counts the steps of its loggers apart; a resumed run may begin with one too few.
+        self.loop._batches_that_stepped = step
+        ahead = [self.longest, self.left]
         if trainer.max_steps != -1:
             ahead.append(trainer.max_steps - step)
         for callback in trainer.checkpoint_callbacks:
             ahead.append(_until(step, getattr(callback, "_every_n_train_steps", 0)))
         if trainer.loggers:
-            ahead.append(_until(trainer.fit_loop.epoch_loop._batches_that_stepped, trainer.log_every_n_steps))
+            ahead.append(_until(step, trainer.log_every_n_steps))
         if trainer.enable_validation and isinstance(trainer.val_check_batch, int):
             across_epochs = trainer.check_val_every_n_epoch is None
-            counted = trainer.fit_loop.total_batch_idx + 1 if across_epochs else self.done
-            ahead.append(_until(counted, trainer.val_check_batch))
-        return max(1, min(ahead))
+            ahead.append(_until(self.loop.total_batch_idx + 1 if across_epochs else self.done, trainer.val_check_batch))
+        return max(0, int(min(ahead)))
 
     def run(self, stretch: Stretch[T]) -> Iterator[T]:
         """Yield the steps of a stretch; Lightning counts the first itself. Ends early when the trainer is to stop."""
-        loop = self.trainer.fit_loop.epoch_loop
-        steps_done = loop.manual_optimization.optim_step_progress
-        for i, step in enumerate(stretch):
+        progress, steps_done = self.loop.batch_progress, self.loop.manual_optimization.optim_step_progress
+        last, deadline = self.done + self.left, time.monotonic() + LONGEST_SECONDS
+        for i in range(stretch.length):
             if i:
-                if self.trainer.should_stop:
-                    return
-                _count(loop.batch_progress)
-                loop._batches_that_stepped += 1
+                stretch.advance()
+                progress.increment_by(1)
+                self.loop._batches_that_stepped += 1
+                self.trainer._logger_connector.on_batch_start(stretch)
+            progress.is_last_batch = progress.current.ready == last
             steps_done.increment_ready()
-            yield step
+            yield stretch.at_hand
             steps_done.increment_completed()
+            if self.trainer.should_stop or time.monotonic() > deadline:
+                return
 
 
-def _count(progress: pl.loops.progress._BatchProgress) -> None:
-    progress.increment_ready()
-    progress.increment_started()
-    progress.increment_processed()
-    progress.increment_completed()
+def go_on(fit_loop: dict[str, Any], left: float) -> None:
+    """Change the state of Lightning's loops in a checkpoint so that a resumed run leaves out and repeats nothing.
+
+    By itself Lightning leaves out the validation that was due after the mini-batch behind which it saved, and after
+    the last one also the end of the epoch; under `max_steps` it ends an epoch twice behind which it saved. An epoch
+    that a limit broke off, with mini-batches `left`, goes on where it was.
+    """
+    epoch, batch = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
+    ended = epoch["current"]["processed"] == epoch["current"]["started"]
+    halfway = batch["current"]["processed"] > 0 and (not ended or left > 0)
+    just_trained = batch["current"]["completed"] < batch["current"]["processed"]
+    for count in (epoch["current"], epoch["total"]):
+        count["processed"] = count["completed"] = count["started"] - halfway
+    for count in (batch["current"], batch["total"]):
+        count["completed"] = count["processed"]
+    if not halfway:
+        batch["current"] = dict.fromkeys(batch["current"], 0)
+    if just_trained:
+        # A validation whose first batch has begun is what Lightning runs again, if it is due.
+        validation = fit_loop["epoch_loop.val_loop.batch_progress"]
+        validation["current"] = dict.fromkeys(validation["current"], 0)
+        validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
 
 def _until(position: int, every: int) -> float:
@@ -100,11 +131,9 @@ def _until(position: int, every: int) -> float:
 
 def _listens_to_each(trainer: pl.Trainer) -> bool:
     module = trainer.lightning_module
-    if any(is_overridden(hook, module, pl.LightningModule) for hook in PER_BATCH_HOOKS):
-        return True
-    return any(
-        is_overridden(hook, callback, Callback)
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if not isinstance(callback, CONTENT_WITH_STRETCHES) and not getattr(callback, "content_with_stretches", False)
-        for hook in PER_BATCH_HOOKS
-    )
+    listeners: list[tuple[Any, type]] = [(module, pl.LightningModule)]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not getattr(callback, "content_with_stretches", False):
+            kind = next((kind for kind in CONTENT_WITH_STRETCHES if isinstance(callback, kind)), Callback)
+            listeners.append((callback, kind))
+    return any(is_overridden(hook, listener, kind) for listener, kind in listeners for hook in PER_BATCH_HOOKS)

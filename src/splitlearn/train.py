@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import sys
 import warnings
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple
 
 import hydra
 import pytorch_lightning as pl
-import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -23,10 +21,8 @@ from pytorch_lightning.callbacks import Callback, Checkpoint, ProgressBar
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from splitlearn.data import SplitData
-from splitlearn.drawing import draw
 from splitlearn.engines.simulated import SafeCheckpointIO, Simulated
 from splitlearn.errors import DivergedError, InputError
 from splitlearn.learner import SplitLearner
@@ -35,8 +31,17 @@ from splitlearn.network import SplitNetwork, check_blocks
 HERE = Path(__file__).resolve().parent
 # The wheel carries conf/ inside the package; in a checkout it stands at the top.
 CONF = str(HERE / "conf" if (HERE / "conf").is_dir() else HERE.parents[1] / "conf")
+LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
 READ_BY_SOURCE = ("source", "root", "download", "image_size")
 TYPED = ("seed", "num_alices", "data", "model", "layout", "schedule", "optimizer", "optimizers", "scheduler", "trainer")
+MAKING = (
+    InstantiationException,
+    MisconfigurationException,
+    OmegaConfBaseException,
+    FileNotFoundError,
+    TypeError,
+    ValueError,
+)
 
 make = partial(instantiate, _convert_="all")
 
@@ -51,11 +56,12 @@ class Run(NamedTuple):
 
 
 def train(cfg: DictConfig) -> float | None:
-    """Train and test as `cfg` says; return its `metric`, for a sweeper. InputError, before training, for what is amiss."""
+    """Train and test as `cfg` says; return its `metric`, for a sweeper.
+
+    Raises InputError, before training starts, for what does not fit.
+    """
     with _as_input_error():
         run = build(cfg)
-    takers = run.learner.schedule.takers
-    print(draw(run.learner.network, run.data.sample(), run.data.batch_size, takers), flush=True)
     metrics = run.engine.run(run.trainer, run.learner, run.data, cfg.ckpt)
     _log_hyperparameters(cfg, run.trainer, metrics)
     _print_table(run, metrics)
@@ -69,19 +75,17 @@ def train(cfg: DictConfig) -> float | None:
 def build(cfg: DictConfig) -> Run:
     """Make the objects of a run from its configuration; each checks what it is given."""
     OmegaConf.resolve(cfg)
+    _check(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    if cfg.ckpt is not None and not Path(cfg.ckpt).is_file():
-        raise InputError(f"`ckpt` (={cfg.ckpt}) is not a file: name a checkpoint, or leave `ckpt` out to train anew")
-    model_or_function, source = make(cfg.model), make(cfg.data.source)
-    model = _make_model(model_or_function, source.num_classes)
-    layout = make(cfg.layout)(list(check_blocks(model)))
+    source = make(cfg.data.source)
+    model = make(cfg.model, num_classes=source.num_classes)
+    layout = make(cfg.layout, list(check_blocks(model)))
     takers = layout.takers(cfg.num_alices)
-    settings = make({name: value for name, value in cfg.data.items() if name not in READ_BY_SOURCE})
-    partition = make(cfg.partition)
-    data = SplitData(source, takers, len(layout.fields), partition=partition, seed=cfg.seed, **settings)
+    settings = OmegaConf.masked_copy(cfg.data, [key for key in cfg.data if key not in READ_BY_SOURCE])
+    data = make(settings, source, takers, len(layout.fields), partition=make(cfg.partition), seed=cfg.seed)
     engine = make(cfg.engine)
     network = SplitNetwork(model, layout, engine.make_wire(), data.sample(), cfg.seed)
-    learner = _make_learner(cfg, network, make(cfg.schedule)(takers), source.num_classes)
+    learner = _make_learner(cfg, network, make(cfg.schedule, takers), source.num_classes)
     return Run(engine, data, learner, _make_trainer(cfg))
 
 
@@ -90,35 +94,40 @@ def main(cfg: DictConfig) -> float | None:
     _quieten()
     try:
         return train(cfg)
-    except (InputError, DivergedError) as error:
-        sys.exit(f"splitlearn: {error}")
+    except (InputError, DivergedError, MisconfigurationException) as error:
+        sys.exit(f"splitlearn: {_one_line(error)}")
+
+
+def _check(cfg: DictConfig) -> None:
+    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed <= LARGEST_SEED:
+        raise InputError(f"`seed` (={cfg.seed}) must be a whole number from 0 to {LARGEST_SEED}")
+    if cfg.ckpt is not None and not Path(cfg.ckpt).is_file():
+        raise InputError(f"`ckpt` (={cfg.ckpt}) is not a file: name a checkpoint, or leave `ckpt` out to train anew")
 
 
 @contextmanager
 def _as_input_error() -> Iterator[None]:
-    """While objects are made, an error is about what was asked for; Hydra's wrapping of it is taken off."""
+    """While objects are made, an error is about what was asked for.
+
+    A ValueError names its cure. A call that does not fit is told with the key where it stands.
+    """
     try:
         yield
-    except InstantiationException as error:
-        raise InputError(str(error.__cause__ or error)) from error
-    except (ValueError, TypeError, FileNotFoundError, OmegaConfBaseException, MisconfigurationException) as error:
-        raise InputError(str(error)) from error
+    except MAKING as error:
+        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+        if isinstance(cause, (ValueError, FileNotFoundError, ImportError)):
+            raise InputError(_one_line(cause)) from error
+        raise InputError(f"{_one_line(error)}: `--cfg job` shows the options and their values") from error
 
 
-def _make_model(made: Any, num_classes: int) -> nn.Module:
-    """Call a model function, with the number of classes if it takes one."""
-    if isinstance(made, nn.Module):
-        return made
-    parameters = inspect.signature(made).parameters.values()
-    takes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
-    return made(num_classes=num_classes) if takes else made()
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _make_learner(cfg: DictConfig, network: SplitNetwork, schedule: Any, num_classes: int) -> SplitLearner:
     # A role's own entry changes the common optimizer, or replaces it when it says what it is.
     overrides = {
-        role: make(own if "_target_" in own else OmegaConf.merge(cfg.optimizer, own))
-        for role, own in cfg.optimizers.items()
+        role: make(own) if "_target_" in own else make(cfg.optimizer, **own) for role, own in cfg.optimizers.items()
     }
     return SplitLearner(
         network,
@@ -136,9 +145,13 @@ def _make_learner(cfg: DictConfig, network: SplitNetwork, schedule: Any, num_cla
 
 def _make_trainer(cfg: DictConfig) -> pl.Trainer:
     """Lightning refuses to clip in manual optimization, so the learner clips."""
-    keys = OmegaConf.masked_copy(cfg.trainer, [key for key in cfg.trainer if not key.startswith("gradient_clip")])
-    loggers = list(make(cfg.logger).values())
-    trainer = make(keys, logger=loggers or False, callbacks=_make_callbacks(cfg), plugins=[SafeCheckpointIO()])
+    trainer = make(
+        cfg.trainer,
+        gradient_clip_val=None,
+        logger=list(make(cfg.logger).values()),
+        callbacks=_make_callbacks(cfg),
+        plugins=[SafeCheckpointIO()],
+    )
     if trainer.world_size != 1:
         raise InputError(f"`trainer.devices` (={cfg.trainer.devices}) must be 1: the parties of a run share one device")
     return trainer

@@ -20,7 +20,7 @@ class Message(NamedTuple):
 
 
 class Tap(Protocol):
-    """Sits at one party and hears what that party sends or receives.
+    """Sits at one party and hears a copy of what that party sends or receives.
 
     `hear` may return a tensor, which then goes out instead; only what its own party sends may be replaced.
     """
@@ -49,15 +49,17 @@ class Wire:
         if kind not in KINDS:
             raise ValueError(f"`kind` (={kind}) must be one of {', '.join(KINDS)}")
         payload = tensor.detach()
-        for tap in self.taps:
+        # The sender's taps come first, so that the receiver's hear what arrives.
+        for tap in sorted(self.taps, key=lambda tap: tap.party != src):
             if tap.party in (src, dst):
-                payload = _replaced(tap, Message(src, dst, kind, payload))
+                payload = _heard(tap, Message(src, dst, kind, payload))
         self.ledger.add(src, dst, kind, payload.nbytes)
         return payload
 
 
-def _replaced(tap: Tap, message: Message) -> Tensor:
-    instead = tap.hear(message)
+def _heard(tap: Tap, message: Message) -> Tensor:
+    # A copy: weights go on changing in place, and a tap must not change what it only hears.
+    instead = tap.hear(message._replace(tensor=message.tensor.clone()))
     if instead is None:
         return message.tensor
     if tap.party != message.src:

@@ -49,10 +49,9 @@ class TurnLoader:
         return len(self.steps(epoch=0))
 
     def __iter__(self) -> Iterator[Stretch[Turns]]:
-        start, length = self.pace.done, len(self)
-        steps = self._turns(self.pace.trainer.current_epoch, start)
-        while self.pace.done < length:
-            yield Stretch(steps, self.pace.next_length())
+        steps = self._turns(self.pace.trainer.current_epoch, self.pace.done)
+        while length := self.pace.next_length():
+            yield Stretch(steps, length)
 
     def steps(self, epoch: int) -> list[Step]:
         """Return the steps of an epoch as row indices: each shard in an order of its own, every row once."""
@@ -70,7 +69,8 @@ class TurnLoader:
         pass
 
     def _turns(self, epoch: int, start: int) -> Iterator[Turns]:
-        steps = self.steps(epoch)
+        # Lightning stops the shuffling to overfit, so that every epoch has the same few mini-batches.
+        steps = self.steps(0 if self.pace.trainer.overfit_batches else epoch)
         place = sum(len(step) for step in steps[:start])
         steps = steps[start:]
         device = self.pace.trainer.strategy.root_device

@@ -36,7 +36,7 @@ class SplitData(pl.LightningDataModule):
         num_workers: of the DataLoader that streams rows which are not held in memory.
         seed: of the splits, the shards and the order.
 
-    Raises ValueError for values outside these ranges, an empty training or test set, and labels out of range.
+    Raises ValueError for values outside these ranges, an empty training or test set or shard, and labels out of range.
     """
 
     def __init__(
@@ -69,6 +69,9 @@ class SplitData(pl.LightningDataModule):
         labels = _labels(self.rows, source.train, source.num_classes)[train_ids]
         shards = partition(labels, len(takers), seed)
         self.shards = {taker: train_ids[shard] for taker, shard in zip(takers, shards, strict=True)}
+        for taker, shard in self.shards.items():
+            if len(shard) == 0:
+                raise ValueError(f"`partition` gives {taker} no training row: take fewer Alices or another partition")
 
     def sample(self, size: int = 2) -> Fields:
         """Return a few training rows, by which a network takes its shapes."""
@@ -77,7 +80,7 @@ class SplitData(pl.LightningDataModule):
 
     def train_dataloader(self) -> TurnLoader:
         learner = self.trainer.lightning_module  # type: ignore[union-attr]
-        self._convert(self.rows)
+        self._place(self.rows)
         return TurnLoader(
             self.rows, self.shards, learner.schedule, learner.pace, self.batch_size, self.seed, self.augment
         )
@@ -89,12 +92,15 @@ class SplitData(pl.LightningDataModule):
         return self._evaluate(self.test_rows, self.test_ids)
 
     def _evaluate(self, rows: Rows, ids: Tensor) -> EvalLoader:
+        self._place(rows)
         return EvalLoader(rows, ids, self.eval_batch_size, self.trainer.strategy.root_device)  # type: ignore[union-attr]
 
-    def _convert(self, rows: Rows) -> None:
-        """Stretches pass Lightning unopened, so the trainer's precision (`64-true`) is applied to the rows at once."""
+    def _place(self, rows: Rows) -> None:
+        """Stretches pass Lightning unopened, so rows get the trainer's precision (`64-true`) and device all at once."""
         if isinstance(rows, InMemory):
-            rows.fields = self.trainer.precision_plugin.convert_input(rows.fields)  # type: ignore[union-attr]
+            fields = self.trainer.precision_plugin.convert_input(rows.fields)  # type: ignore[union-attr]
+            device = self.trainer.strategy.root_device  # type: ignore[union-attr]
+            rows.fields = {name: field.to(device) for name, field in fields.items()}
 
 
 def _rows(dataset: Dataset, prepare: Normalise, in_memory: bool | None, num_workers: int) -> Rows:
@@ -110,8 +116,8 @@ def _split(num_rows: int, fractions: Sequence[float], seed: int) -> list[Tensor]
     rest = num_rows - sum(sizes)
     if rest < 1 or any(fraction > 0 and size < 1 for fraction, size in zip(fractions, sizes, strict=True)):
         raise ValueError(
-            f"{num_rows} rows cannot be split into a test share of {fractions[0]}, a validation share of {fractions[1]} "
-            "and at least one row for training: change `data.test_fraction` or `data.val_fraction`"
+            f"{num_rows} rows cannot be split into a test share of {fractions[0]}, a validation share of "
+            f"{fractions[1]} and at least one row for training: change `data.test_fraction` or `data.val_fraction`"
         )
     generator = torch.Generator().manual_seed(derive(seed, "split"))
     order = torch.randperm(num_rows, generator=generator) if any(sizes) else torch.arange(num_rows)
@@ -142,8 +148,8 @@ def _check(
     num_columns: int,
 ) -> None:
     for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-        if size < 1:
-            raise ValueError(f"`data.{name}` (={size}) must be at least 1")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"`data.{name}` (={size}) must be a whole number of at least 1")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"`data.val_fraction` (={val_fraction}) must lie in [0, 1)")
     if not 0 < test_fraction < 1:

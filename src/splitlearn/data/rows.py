@@ -47,16 +47,17 @@ class Normalise:
         if self.num_columns == 1:
             return {"x": x}
         if x.shape[-1] < self.num_columns:
-            raise ValueError(f"`num_alices` (={self.num_columns}) must not exceed the {x.shape[-1]} columns of the input")
+            raise ValueError(
+                f"`num_alices` (={self.num_columns}) must not exceed the {x.shape[-1]} columns of the input"
+            )
         return {f"x{i}": part.contiguous() for i, part in enumerate(x.tensor_split(self.num_columns, dim=-1))}
 
 
 class InMemory:
-    """Rows held as tensors and normalised once; a batch is a slice of them, taken on their device.
+    """Rows held as tensors and normalised once; a batch is a slice of them, taken on the device where they lie.
 
     Arguments:
         x: [N, ...] raw inputs. y: [N] int64 labels. prepare: raw inputs to fields.
-        augment: batch to batch, applied to every field but `y`, with a generator; None for evaluation.
     """
 
     def __init__(self, x: Tensor, y: Tensor, prepare: Prepare) -> None:
@@ -68,11 +69,9 @@ class InMemory:
         return len(self.fields["y"])
 
     def stream(self, batches: Iterable[Tensor], device: torch.device) -> Iterator[Fields]:
-        if self.fields["y"].device != device:
-            self.fields = {name: field.to(device) for name, field in self.fields.items()}
         for rows in batches:
-            rows = rows.to(device)
-            yield {name: field.index_select(0, rows) for name, field in self.fields.items()}
+            rows = rows.to(self.fields["y"].device)
+            yield {name: field.index_select(0, rows).to(device) for name, field in self.fields.items()}
 
 
 class Streamed:
@@ -92,14 +91,14 @@ class Streamed:
             pin_memory=device.type == "cuda",
         )
         for x, y in loader:
-            yield {**self.prepare(x.to(device, non_blocking=True)), "y": y.to(device, non_blocking=True)}
+            yield {**self.prepare(x.to(device, non_blocking=True)), "y": y.to(device, non_blocking=True).long()}
 
 
 def load(dataset: Dataset) -> tuple[Tensor, Tensor]:
     """Read a whole map-style data set of (x, label) into tensors [N, ...] and [N] int64."""
     tensors = getattr(dataset, "tensors", None)
     if tensors is not None:
-        return tensors[0], tensors[1]
+        return tensors[0], tensors[1].long()
     xs, ys = zip(*(dataset[i] for i in range(len(dataset))), strict=True)  # type: ignore[arg-type]
     return torch.stack([torch.as_tensor(x) for x in xs]), torch.as_tensor(ys, dtype=torch.int64)
 

@@ -9,6 +9,7 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from splitlearn.data import SplitData
+from splitlearn.errors import InputError
 from splitlearn.learner import SplitLearner
 from splitlearn.wire import Wire
 
@@ -17,7 +18,13 @@ class SafeCheckpointIO(TorchCheckpointIO):
     """Loads tensors and plain values only: a checkpoint that somebody sent can run no code here."""
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        try:
+            checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except Exception as error:  # what a damaged file raises is up to its bytes
+            raise InputError(f"`ckpt` (={path}) cannot be read ({type(error).__name__}): take another one") from error
+        if "splitlearn" not in checkpoint:
+            raise InputError(f"`ckpt` (={path}) was not saved by splitlearn: take a file of a run's checkpoints folder")
+        return checkpoint
 
 
 class Simulated:

@@ -1,0 +1,32 @@
+"""Bytes by direction and kind."""
+
+from splitlearn.ledger import Ledger
+
+
+def test_bytes_add_up_by_sender_receiver_and_kind():
+    ledger = Ledger()
+    ledger.add("alice0", "bob", "activation", 10)
+    ledger.add("bob", "alice0", "gradient", 4)
+    ledger.add("alice0", "bob", "activation", 5)
+    ledger.add("alice0", "bob", "label", 8)
+    ledger.add("alice1", "bob", "activation", 3)
+    assert ledger.table() == {
+        "alice0->bob": {"activation": 15, "label": 8},
+        "bob->alice0": {"gradient": 4},
+        "alice1->bob": {"activation": 3},
+    }
+
+
+def test_a_loaded_table_goes_on_where_it_was():
+    ledger, resumed = Ledger(), Ledger()
+    ledger.add("alice0", "bob", "activation", 10)
+    ledger.add("alice0", "alice1", "weights", 7)
+    resumed.add("carol", "bob", "activation", 1)
+    resumed.load(ledger.table())
+    for each in (ledger, resumed):
+        each.add("alice0", "bob", "activation", 5)
+    assert resumed.table() == ledger.table() == {"alice0->bob": {"activation": 15}, "alice0->alice1": {"weights": 7}}
+
+
+def test_nothing_sent_is_an_empty_table():
+    assert Ledger().table() == {}

@@ -1,0 +1,277 @@
+"""Each role's optimizer steps as a hand-written loop would, with clipping, schedulers and half precision."""
+
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from helpers import ADAM, BLOCKS, SGD, make_rows, net, run_blocks
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.plugins.precision import MixedPrecision
+from runs import (
+    TWO_PARTY,
+    Plain,
+    batches_of,
+    difference,
+    end_state,
+    fit_plain,
+    make_data,
+    make_learner,
+    make_trainer,
+    weights,
+)
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepLR
+
+from splitlearn.errors import InputError
+from splitlearn.layout import whole
+from splitlearn.network import SplitNetwork
+from splitlearn.optimizers import by_role
+from splitlearn.wire import Wire
+
+WHOLE = whole(BLOCKS)
+
+
+def fit(folder, data=None, model=None, layout=TWO_PARTY, trainer=None, **learner):
+    data = make_data() if data is None else data
+    trained = make_learner(data, layout, model=model, **learner)
+    lightning = make_trainer(folder, **(trainer or {}))
+    lightning.fit(trained, datamodule=data)
+    return trained, lightning
+
+
+def by_hand(makers=(SGD, SGD), clip=None, autocast=nullcontext, scaler=None, model=None, data=None):
+    """The network in one piece, with an optimizer for the first two blocks and one for the rest."""
+    data, model = data or make_data(), model or net()
+    owned = [*model[:2].parameters()], [*model[2:].parameters()]
+    parts = [(make(params), params) for make, params in zip(makers, owned, strict=True) if make is not None]
+    scales = []
+    for epoch in range(2):
+        for x, y, number in batches_of(data, epoch):
+            model.zero_grad()
+            with autocast():
+                loss = nn.functional.cross_entropy(run_blocks(model.named_children(), x, number), y)
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            for optimizer, params in parts:
+                if scaler is not None:
+                    scaler.unscale_(optimizer)
+                if clip is not None:
+                    clip(params)
+                optimizer.step() if scaler is None else scaler.step(optimizer)
+            if scaler is not None:
+                scaler.update()
+                scales.append(scaler.get_scale())
+    return list(model.state_dict().values()), scales
+
+
+CLIPS = {
+    "norm": partial(nn.utils.clip_grad_norm_, max_norm=0.1),
+    "value": partial(nn.utils.clip_grad_value_, clip_value=0.1),
+}
+
+
+@pytest.mark.parametrize("algorithm", CLIPS)
+@pytest.mark.parametrize("length", [1, 50])
+def test_each_role_is_clipped_by_itself(tmp_path, algorithm, length):
+    learner, _ = fit(
+        tmp_path, steps_per_execution=length, gradient_clip_val=0.1, gradient_clip_algorithm=algorithm
+    )
+    expected, _ = by_hand(clip=CLIPS[algorithm])
+    assert difference(weights(learner), expected) == []
+    assert difference(expected, by_hand()[0]) != []
+
+
+def test_roles_may_have_optimizers_of_their_own(tmp_path):
+    learner, trainer = fit(tmp_path, make=SGD, optimizers={"bob": ADAM})
+    assert difference(weights(learner), by_hand((SGD, ADAM))[0]) == []
+    assert [type(optimizer).__name__ for optimizer in trainer.optimizers] == ["SGD", "Adam"]
+
+
+@pytest.mark.parametrize("frozen", [0, 1], ids=["alice", "bob"])
+def test_a_frozen_role_has_no_optimizer_and_keeps_its_weights(tmp_path, frozen):
+    model, reference = net(), net()
+    for copy in (model, reference):
+        (copy[2:] if frozen else copy[:2]).requires_grad_(False)
+    learner, trainer = fit(tmp_path, model=model)
+    makers = [SGD, SGD]
+    makers[frozen] = None
+    assert difference(weights(learner), by_hand(makers, model=reference)[0]) == []
+    assert list(learner.stepper.optimizers) == [["bob"], ["alice"]][frozen]
+    initial = dict(net().named_parameters())
+    unchanged = [name for name, p in reference.named_parameters() if torch.equal(p, initial[name])]
+    assert unchanged == [name for name in initial if (name[:6] in ("block3", "head.w", "head.b")) == bool(frozen)]
+
+
+class Rates(Callback):
+    """Notes the learning rate of every mini-batch."""
+
+    def __init__(self) -> None:
+        self.rates = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+STEP = partial(StepLR, step_size=2, gamma=0.5)
+COSINE = partial(CosineAnnealingLR, T_max=30)
+PLATEAU = partial(ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.2)
+
+
+@pytest.mark.parametrize("length", [1, 7, 50])
+@pytest.mark.parametrize(
+    ("scheduler", "interval", "trainer"),
+    [
+        (STEP, "epoch", {"max_epochs": 5}),
+        (STEP, "step", {}),
+        (COSINE, "step", {"max_steps": 13}),
+        (COSINE, "epoch", {"max_epochs": 3, "limit_train_batches": 4}),
+        (PLATEAU, "epoch", {"max_epochs": 5}),
+        (PLATEAU, "epoch", {"max_epochs": 3, "val_check_interval": 5}),
+    ],
+)
+def test_schedulers_step_when_lightning_steps_them(tmp_path, length, scheduler, interval, trainer):
+    data, expected, found = make_data(val_rows=6, layout=WHOLE), Rates(), Rates()
+    plain = Plain(scheduler=scheduler, interval=interval)
+    lightning = make_trainer(tmp_path, [expected], **trainer)
+    fit_plain(plain, data, lightning)
+    learner = make_learner(data, WHOLE, scheduler=scheduler, interval=interval, steps_per_execution=length)
+    split = make_trainer(tmp_path, [found], **trainer)
+    split.fit(learner, datamodule=data)
+    assert found.rates == expected.rates
+    assert len(set(found.rates)) > 1
+    assert difference(weights(learner), weights(plain)) == []
+    states = [[c.scheduler.state_dict() for c in t.lr_scheduler_configs] for t in (split, lightning)]
+    assert difference(*states) == []  # of a plateau also the best metric so far
+
+
+def test_a_broken_off_epoch_does_not_step_a_scheduler_of_epochs(tmp_path):
+    _, trainer = fit(tmp_path, scheduler=STEP, trainer={"max_steps": 14})
+    assert [config.scheduler.last_epoch for config in trainer.lr_scheduler_configs] == [1, 1]
+
+
+def test_every_role_has_a_scheduler(tmp_path):
+    scheduler = partial(StepLR, step_size=1, gamma=0.1)
+    learner, _ = fit(tmp_path, scheduler=scheduler, optimizers={"bob": partial(torch.optim.SGD, lr=0.5)})
+    rates = {role: optimizer.param_groups[0]["lr"] for role, optimizer in learner.stepper.optimizers.items()}
+    assert rates == {"alice": pytest.approx(0.001), "bob": pytest.approx(0.005)}
+
+
+def test_a_plateau_follows_the_metric_it_is_told(tmp_path):
+    _, trainer = fit(tmp_path, scheduler=PLATEAU, monitor="train/loss")
+    assert trainer.lr_scheduler_configs[0].scheduler.best <= float(trainer.callback_metrics["train/loss"])
+    with pytest.raises(InputError, match=r"`scheduler.monitor` \(=val/loss\) is not measured: choose one of train/loss"):
+        fit(tmp_path, scheduler=PLATEAU)
+
+
+BFLOAT16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+FLOAT16 = partial(torch.autocast, "cpu", dtype=torch.float16)
+
+
+class Caching(MixedPrecision):
+    """Keeps autocast's copies of the weights for a whole training step, as Lightning 2.5 does."""
+
+    def autocast_context_manager(self):
+        return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=True)
+
+
+@pytest.mark.parametrize("length", [1, 7, 50])
+@pytest.mark.parametrize("plugin", [MixedPrecision, Caching])
+def test_bf16_equals_a_hand_loop_under_autocast(tmp_path, length, plugin):
+    precision = {"plugins": [plugin("bf16-mixed", "cpu")]}
+    learner, _ = fit(tmp_path, steps_per_execution=length, trainer=precision)
+    expected, _ = by_hand(autocast=BFLOAT16)
+    assert difference(weights(learner), expected) == []
+    assert difference(expected, by_hand()[0]) != []
+    smashed = 2 * 39 * 10 * 2  # epochs x rows x elements behind block2 x bytes
+    assert learner.ledger.table() == {"alice0->bob": {"activation": smashed}, "bob->alice0": {"gradient": smashed}}
+
+
+def test_bf16_is_asked_for_by_name(tmp_path):
+    learner, _ = fit(tmp_path, trainer={"precision": "bf16-mixed"})
+    assert difference(weights(learner), by_hand(autocast=BFLOAT16)[0]) == []
+
+
+def test_64_true_trains_in_double(tmp_path):
+    learner, _ = fit(tmp_path, trainer={"precision": "64-true"})
+    data = make_data()
+    data.rows.fields["x"] = make_rows(39)[0].double()
+    assert difference(weights(learner), by_hand(model=net().double(), data=data)[0]) == []
+    assert learner.ledger.table()["alice0->bob"] == {"activation": 2 * 39 * 10 * 8}
+
+
+def make_scaler():
+    """Starts so high that the first gradients are infinite, and doubles after two good steps."""
+    return torch.amp.GradScaler("cpu", init_scale=2.0**21, growth_interval=2)
+
+
+class Scales(Callback):
+    def __init__(self) -> None:
+        self.scales = []
+
+    def on_before_zero_grad(self, trainer, learner, optimizer) -> None:
+        if optimizer is trainer.optimizers[0]:
+            self.scales.append(learner.stepper.scaler.get_scale())
+
+
+@pytest.mark.parametrize("length", [1, 50])
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("make", [SGD, ADAM], ids=["sgd", "adam"])
+def test_16_mixed_scales_like_a_hand_loop_with_one_scaler(tmp_path, length, clip, make):
+    scales, precision = Scales(), MixedPrecision("16-mixed", "cpu", scaler=make_scaler())
+    learner, _ = fit(
+        tmp_path,
+        make=make,
+        steps_per_execution=length,
+        gradient_clip_val=clip,
+        trainer={"plugins": [precision], "callbacks": [scales]},
+    )
+    norm = None if clip is None else CLIPS["norm"]
+    expected, updated = by_hand((make, make), clip=norm, autocast=FLOAT16, scaler=make_scaler())
+    assert difference(weights(learner), expected) == []
+    assert scales.scales == [2.0**21, *updated[:-1]]
+    assert learner.stepper.scaler.get_scale() == updated[-1]
+    halved = [after < before for before, after in zip(scales.scales, updated, strict=True)]
+    assert halved[0]  # a step was skipped ...
+    assert not all(halved)  # ... and not every one
+    assert learner.ledger.table()["bob->alice0"] == {"gradient": 2 * 39 * 10 * 2}
+
+
+def test_a_skipped_step_changes_no_weight(tmp_path):
+    precision = MixedPrecision("16-mixed", "cpu", scaler=make_scaler())
+    learner, _ = fit(tmp_path, trainer={"plugins": [precision], "max_steps": 1})
+    initial = dict(net().named_parameters())
+    trained = {name.split(".", 2)[2]: p for name, p in learner.network.named_parameters()}
+    assert difference({n: p.data for n, p in trained.items()}, {n: p.data for n, p in initial.items()}) == []
+
+
+@pytest.mark.parametrize("length", [1, 50])
+def test_the_hooks_see_scaled_losses_and_true_gradients(tmp_path, length):
+    class Sees(Callback):
+        losses, gradients = [], []
+
+        def on_before_backward(self, trainer, learner, loss) -> None:
+            self.losses.append(float(loss))
+
+        def on_before_optimizer_step(self, trainer, learner, optimizer) -> None:
+            self.gradients.append(max(float(p.grad.abs().max()) for p in optimizer.param_groups[0]["params"]))
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    precision, sees = MixedPrecision("16-mixed", "cpu", scaler=scaler), Sees()
+    fit(tmp_path, steps_per_execution=length, trainer={"plugins": [precision], "callbacks": [sees], "max_steps": 2})
+    assert all(100 < loss < 10_000 for loss in sees.losses[-2:])
+    assert all(0 < gradient < 10 for gradient in sees.gradients[-4:])
+
+
+def test_what_cannot_be_made_is_refused_before_training():
+    network = SplitNetwork(net(), TWO_PARTY, Wire(), dict(zip("xy", make_rows(2), strict=True)))
+    with pytest.raises(ValueError, match=r"`optimizers.carol` names no role of the layout: alice, bob"):
+        by_role(network, SGD, {"carol": SGD})
+    with pytest.raises(ValueError, match=r"the optimizer of bob cannot be made: .*momentums.*; change `optimizer`"):
+        by_role(network, SGD, {"bob": partial(torch.optim.SGD, lr=0.1, momentums=0.9)})
+    with pytest.raises(ValueError, match=r"the optimizer of alice cannot be made: Invalid learning rate: -1"):
+        by_role(network, partial(torch.optim.SGD, lr=-1), {})
+    with pytest.raises(ValueError, match=r"the scheduler of alice cannot be made: .*; change `scheduler`"):
+        by_role(network, SGD, {}, partial(StepLR, steps=3))
+    network.requires_grad_(False)
+    with pytest.raises(ValueError, match="there is nothing to train"):
+        by_role(network, SGD, {})

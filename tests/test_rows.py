@@ -1,0 +1,315 @@
+"""Rows: normalised as torchvision does it, split and dealt out, each once an epoch, in an order that changes."""
+
+import re
+
+import pytest
+import torch
+from helpers import BLOCKS, differences, make_rows, train
+from torch.utils.data import Dataset, TensorDataset
+from torchvision import transforms
+
+from splitlearn.data import Source, SplitData
+from splitlearn.data.loader import EvalLoader, TurnLoader
+from splitlearn.data.rows import InMemory, Normalise, Streamed, load
+from splitlearn.layout import two_party, vertical
+from splitlearn.schedule import Sequential
+
+CPU = torch.device("cpu")
+
+
+def refuses(message: str):
+    return pytest.raises(ValueError, match=f"^{re.escape(message)}")
+
+
+# Normalise
+
+HALF = ([0.5], [0.5])
+CIFAR = ([0.4914, 0.4822, 0.4465], [0.247, 0.243, 0.261])
+
+
+@pytest.mark.parametrize(("mean", "std"), [HALF, CIFAR, ([0.1307] * 3, [0.3081] * 3)])
+def test_normalise_equals_torchvision_to_the_bit(mean, std):
+    """All 256 shades in each channel."""
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3, 2, 1).view(1, 3, 16, 32)
+    theirs = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
+    expected = theirs(pixels[0].permute(1, 2, 0).numpy())
+    assert torch.equal(Normalise(mean, std)(pixels)["x"][0], expected)
+
+
+def test_pixels_become_fractions_and_fractions_stay():
+    assert Normalise()(torch.tensor([[0, 51, 255]], dtype=torch.uint8))["x"].tolist() == [
+        [0, torch.tensor(0.2).item(), 1]
+    ]
+    assert Normalise()(torch.tensor([[0.0, 7.0]]))["x"].tolist() == [[0, 7]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_normalise_leaves_its_input_alone(dtype):
+    x = torch.ones(2, 3, dtype=dtype)
+    assert Normalise([0.5], [0.25])(x)["x"].dtype == torch.float32
+    assert torch.equal(x, torch.ones(2, 3, dtype=dtype))
+
+
+def test_columns_are_cut_side_by_side():
+    fields = Normalise(num_columns=2)(torch.arange(10.0).view(1, 1, 2, 5))
+    assert {name: field.tolist() for name, field in fields.items()} == {
+        "x0": [[[[0, 1, 2], [5, 6, 7]]]],
+        "x1": [[[[3, 4], [8, 9]]]],
+    }
+    assert all(field.is_contiguous() for field in fields.values())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Normalise([0.5], None), "`mean` (=[0.5]) and `std` (=None) must be given together, `std` above 0"),
+        (lambda: Normalise(None, [0.5]), "`mean` (=None) and `std` (=[0.5]) must be given together, `std` above 0"),
+        (lambda: Normalise([0.5], [0.0]), "`mean` (=[0.5]) and `std` (=[0.0]) must be given together, `std` above 0"),
+        (
+            lambda: Normalise(*CIFAR)(torch.zeros(2, 1, 4, 4)),
+            "3 values of `mean` or `std` do not fit inputs of shape [1, 4, 4]",
+        ),
+        (
+            lambda: Normalise(num_columns=7)(torch.zeros(2, 1, 4, 6)),
+            "`num_alices` (=7) must not exceed the 6 columns of the input",
+        ),
+        (
+            lambda: InMemory(torch.zeros(3, 1), torch.zeros(2), Normalise()),
+            "3 inputs and 2 labels: every row must have both",
+        ),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(make, message):
+    with refuses(message):
+        make()
+
+
+# InMemory and Streamed
+
+
+class OneByOne(Dataset):
+    """A data set that is not held in tensors, with labels as plain numbers."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i], int(self.y[i])
+
+
+def make_pixels(num_rows=9):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(256, (num_rows, 3, 4, 6), generator=generator, dtype=torch.uint8)
+    return x, torch.arange(num_rows) % 3
+
+
+@pytest.mark.parametrize("num_columns", [1, 2])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_streamed_rows_are_those_in_memory_to_the_bit(num_columns, num_workers):
+    x, y = make_pixels()
+    prepare = Normalise(*CIFAR, num_columns)
+    batches = [torch.tensor(rows) for rows in ([8, 0, 3], [1, 2, 4], [7])]
+    streams = [
+        rows.stream(batches, CPU) for rows in (InMemory(x, y, prepare), Streamed(OneByOne(x, y), prepare, num_workers))
+    ]
+    for ids, ours, theirs in zip(batches, *streams, strict=True):
+        assert differences(ours, theirs) == []
+        assert torch.equal(ours["y"], y[ids])
+        assert ours["y"].dtype == theirs["y"].dtype == torch.int64
+    assert len(InMemory(x, y, prepare)) == len(Streamed(OneByOne(x, y), prepare)) == 9
+
+
+def test_training_on_streamed_rows_is_training_on_those_in_memory():
+    held, streamed = (train(two_party(BLOCKS, 2), data={"in_memory": in_memory}) for in_memory in (True, False))
+    assert isinstance(held.data.rows, InMemory)
+    assert isinstance(streamed.data.rows, Streamed)
+    assert differences(held.weights, streamed.weights) == []
+
+
+def test_load_reads_tensors_at_once_and_others_one_by_one():
+    x, y = make_pixels()
+    assert load(TensorDataset(x, y))[0] is x
+    for dataset in (TensorDataset(x, y.int()), OneByOne(x, y)):
+        loaded = load(dataset)
+        assert torch.equal(loaded[0], x)
+        assert torch.equal(loaded[1], y)
+        assert (loaded[0].dtype, loaded[1].dtype) == (torch.uint8, torch.int64)
+
+
+# TurnLoader and EvalLoader
+
+SHARDS = {
+    "alice0": torch.tensor([10, 11, 12, 13, 14, 15, 16]),
+    "alice1": torch.tensor([20, 21, 22]),
+    "alice2": torch.tensor([30]),
+}
+
+
+def make_loader(shards=SHARDS, batch_size=3, seed=0):
+    return TurnLoader(None, shards, Sequential(list(shards)), None, batch_size, seed)
+
+
+def order(loader, epoch):
+    return [(taker, ids.tolist()) for step in loader.steps(epoch) for taker, ids in step.items()]
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+def test_each_row_is_trained_on_once_an_epoch_by_its_owner(epoch):
+    rows = {taker: [] for taker in SHARDS}
+    for taker, ids in order(make_loader(), epoch):
+        rows[taker] += ids
+    assert {taker: sorted(ids) for taker, ids in rows.items()} == {taker: ids.tolist() for taker, ids in SHARDS.items()}
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"), [(3, [3, 3, 1, 3, 1]), (7, [7, 3, 1]), (100, [7, 3, 1]), (1, [1] * 11)]
+)
+def test_the_last_mini_batch_of_a_turn_is_short(batch_size, sizes):
+    loader = make_loader(batch_size=batch_size)
+    assert [len(ids) for _, ids in order(loader, 0)] == sizes
+    assert len(loader) == len(sizes)
+
+
+def test_the_order_changes_with_the_epoch_and_the_seed_and_with_nothing_else():
+    shards = {"alice0": torch.arange(20)}
+    orders = {(seed, epoch): order(make_loader(shards, seed=seed), epoch) for seed in (0, 1) for epoch in (0, 1, 2)}
+    assert len({str(each) for each in orders.values()}) == 6
+    torch.rand(3)
+    assert order(make_loader(shards), 2) == orders[0, 2]
+
+
+def test_the_order_of_one_alice_does_not_depend_on_the_others():
+    alone = make_loader({"alice1": torch.arange(20)})
+    together = make_loader({"alice0": torch.arange(20), "alice1": torch.arange(20)})
+    theirs = [(taker, ids) for taker, ids in order(together, 0) if taker == "alice1"]
+    assert order(alone, 0) == theirs
+    assert [ids for _, ids in theirs] != [ids for taker, ids in order(together, 0) if taker == "alice0"]
+
+
+def test_evaluation_takes_the_rows_as_they_come():
+    x, y = make_rows(9)
+    loader = EvalLoader(InMemory(x, y, Normalise()), torch.tensor([5, 1, 8, 0, 2]), 2, CPU)
+    batches = list(loader)
+    assert [batch.ids.tolist() for batch in batches] == [[5, 1], [8, 0], [2]]
+    assert len(loader) == 3
+    assert all(torch.equal(b.fields["x"], x[b.ids]) and torch.equal(b.fields["y"], y[b.ids]) for b in batches)
+
+
+def test_augmentation_draws_anew_in_every_mini_batch_and_the_same_in_every_run():
+    def seeds():
+        seen = []
+
+        def negate(x, generator):
+            seen.append(generator.initial_seed())
+            return -x
+
+        return seen, train(two_party(BLOCKS, 2), data={"augment": negate})
+
+    (first, run), (again, _) = seeds(), seeds()
+    assert len(set(first)) == len(first) == 10
+    assert first == again
+    x, y = make_rows(19)
+    assert differences(run.weights, train(two_party(BLOCKS, 2), rows=(-x, y)).weights) == []
+
+
+# SplitData
+
+
+def make_data(num_rows=20, num_tests=None, **settings):
+    def rows(n):
+        return TensorDataset(torch.arange(float(n)).view(n, 1), torch.arange(n) % 3)
+
+    return SplitData(Source(rows(num_rows), None if num_tests is None else rows(num_tests), 3), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        ({"val_fraction": 0.1, "test_fraction": 0.2}, (14, 2, 4)),
+        ({"val_fraction": 0.0, "test_fraction": 0.5}, (10, 0, 10)),
+        ({"val_fraction": 0.5, "test_fraction": 0.05}, (9, 10, 1)),
+    ],
+)
+def test_rows_are_split_into_training_validation_and_test(settings, sizes):
+    data = make_data(**settings)
+    train_ids = torch.cat(list(data.shards.values()))
+    assert (len(train_ids), len(data.val_ids), len(data.test_ids)) == sizes
+    assert sorted(torch.cat([train_ids, data.val_ids, data.test_ids]).tolist()) == list(range(20))
+    assert make_data(**settings).test_ids.tolist() == data.test_ids.tolist()
+    if sizes[2] > 1:
+        assert make_data(**settings, seed=1).test_ids.tolist() != data.test_ids.tolist()
+
+
+def test_a_test_set_of_its_own_is_tested_on_and_leaves_all_rows_to_train():
+    data = make_data(num_tests=7, val_fraction=0.0, takers=("alice0", "alice1", "alice2"))
+    assert data.test_ids.tolist() == list(range(7))
+    assert data.test_rows is not data.rows
+    assert [len(shard) for shard in data.shards.values()] == [7, 7, 6]
+    assert sorted(torch.cat(list(data.shards.values())).tolist()) == list(range(20))
+
+
+def test_shards_are_of_training_rows_whatever_the_partition():
+    def by_label(labels, num_shards, seed):
+        return [(labels == i).nonzero()[:, 0] for i in range(num_shards)]
+
+    data = make_data(takers=("alice0", "alice1", "alice2"), partition=by_label)
+    assert [set((shard % 3).tolist()) for shard in data.shards.values()] == [{0}, {1}, {2}]
+    held_out = {*data.val_ids.tolist(), *data.test_ids.tolist()}
+    assert not held_out & set(torch.cat(list(data.shards.values())).tolist())
+
+
+def test_a_sample_is_of_training_rows_and_repeats_a_single_one():
+    data = make_data(num_rows=5, num_tests=2, val_fraction=0.0, takers=[f"alice{i}" for i in range(5)])
+    only = data.shards["alice0"].item()
+    assert data.sample(3)["x"].tolist() == [[only]] * 3
+    assert data.sample(3)["y"].tolist() == [only % 3] * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "`data.batch_size` (=0) must be a whole number of at least 1"),
+        ({"eval_batch_size": -1}, "`data.eval_batch_size` (=-1) must be a whole number of at least 1"),
+        ({"val_fraction": 1.0}, "`data.val_fraction` (=1.0) must lie in [0, 1)"),
+        ({"val_fraction": -0.1}, "`data.val_fraction` (=-0.1) must lie in [0, 1)"),
+        ({"test_fraction": 0.0}, "`data.test_fraction` (=0.0) must lie in (0, 1)"),
+        (
+            {"num_rows": 3},
+            "3 rows cannot be split into a test share of 0.2, a validation share of 0.1 and at least one row",
+        ),
+        ({"val_fraction": 0.6, "test_fraction": 0.4}, "20 rows cannot be split into a test share of 0.4, a validation"),
+        (
+            {"takers": [f"alice{i}" for i in range(15)]},
+            "`num_alices` (=15) must lie between 1 and the number of training",
+        ),
+        (
+            {"takers": ("alice0", "alice1"), "partition": lambda labels, n, seed: [torch.arange(3), torch.arange(0)]},
+            "`partition` gives alice1 no training row: take fewer Alices or another partition",
+        ),
+        (
+            {"augment": lambda x, generator: x, "num_columns": 2},
+            "`data.augment` needs the whole input: owners of columns would each crop theirs differently",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with refuses(message):
+        make_data(**settings)
+
+
+@pytest.mark.parametrize(("labels", "low", "high"), [([0, 1, 3], 0, 3), ([-1, 0, 1], -1, 1)])
+def test_labels_out_of_range_are_refused(labels, low, high):
+    rows = TensorDataset(torch.zeros(3, 1), torch.tensor(labels))
+    with refuses(
+        f"labels run from {low} to {high}, outside 0..2: number classes from 0, or give the right `num_classes`"
+    ):
+        SplitData(Source(rows, rows, 3), val_fraction=0.0)
+
+
+def test_owners_of_columns_train_on_all_rows_at_once():
+    run = train(vertical(BLOCKS, 1, num_alices=2), epochs=1)
+    assert [list(step) for step in run.steps[0]] == [["alices"]] * 5
+    assert sorted(torch.cat([ids for step in run.steps[0] for ids in step.values()]).tolist()) == list(range(19))

@@ -1,0 +1,372 @@
+"""The command line: what it makes of a configuration, and what it says of one that does not fit."""
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch import nn
+
+from splitlearn import train as module
+from splitlearn.errors import DivergedError, InputError
+from splitlearn.train import CONF, build, train
+
+QUICK = ("trainer.max_epochs=1", "trainer.limit_train_batches=2", "logger=none")
+BLOCKS = "1: hidden1, 2: hidden2, 3: head"
+
+
+def refuses(error: type[Exception], *parts: object):
+    """A context that expects `error`, in one line, with `parts` in this order."""
+    return pytest.raises(error, match="^.*" + ".*".join(re.escape(str(part)) for part in parts) + ".*$")
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def command(*overrides: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "splitlearn.train", "trainer.accelerator=cpu", *overrides]
+    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, check=check, timeout=120)
+
+
+def linear(num_classes: int) -> nn.Module:
+    return nn.Linear(64, num_classes)
+
+
+def unflattened(num_classes: int) -> nn.Module:
+    return nn.Sequential(OrderedDict(first=nn.Linear(100, 5), second=nn.Linear(5, num_classes)))
+
+
+def ten_whatever_the_data(num_classes: int) -> nn.Module:
+    return nn.Sequential(OrderedDict(first=nn.Sequential(nn.Flatten(), nn.LazyLinear(5)), second=nn.Linear(5, 11)))
+
+
+def without_classes() -> nn.Module:
+    return unflattened(10)
+
+
+MISFITS = {
+    # where the network is cut
+    "layout.cut=9": ["`layout.cut` (=9) must lie between 1 and 2", BLOCKS],
+    "layout.cut=0": ["`layout.cut` (=0) must lie between 1 and 2", BLOCKS],
+    "layout.cut=1.5": ["`layout.cut` (=1.5) must lie between 1 and 2"],
+    "layout.cut=layer2": ["`layout.cut` (=layer2) must name a block before the last one", BLOCKS],
+    "layout.cut=head": ["`layout.cut` (=head) must name a block before the last one", BLOCKS],
+    "layout=u_shaped layout.cuts=[2,1]": ["`layout.cuts` (=[2, 1]) must increase", BLOCKS],
+    "layout=u_shaped layout.cuts=[1]": ["`layout.cuts` (=[1]) must be exactly 2 cuts", "[1,2]"],
+    "layout=multi_hop layout.cuts=1": ["`layout.cuts` (=1) must be a list", "[1,2]"],
+    "layout=multi_hop layout.parties=[alice,bob]": ["`parties` (=['alice', 'bob']) must be 3 different names"],
+    "layout.labels=carol": ["`layout.labels` (=carol) must be one of the roles of two_party: alice, bob"],
+    "layout=u_shaped layout.labels=bob": ["`layout.labels` (=bob) must be alice in a U", "use two_party"],
+    # how many Alices
+    "num_alices=0": ["`num_alices` (=0) must be a whole number of at least 1"],
+    "num_alices=two": ["`num_alices` (=two) must be a whole number of at least 1"],
+    "num_alices=1259": ["`num_alices` (=1259) must lie between 1 and the number of training samples (=1258)"],
+    "layout=vertical": ["`num_alices` (=1) must be at least 2 to own columns", "use two_party"],
+    "layout=vertical num_alices=9": ["`num_alices` (=9) must not exceed the 8 columns of the input"],
+    # data
+    "data.batch_size=0": ["`data.batch_size` (=0) must be a whole number of at least 1"],
+    "data.batch_size=null": ["`data.batch_size` (=None) must be a whole number of at least 1"],
+    "data.val_fraction=1": ["`data.val_fraction` (=1) must lie in [0, 1)"],
+    "data.mean=[0.5]": ["`mean` (=[0.5]) and `std` (=None) must be given together"],
+    "+data.batchsize=3": ["SplitData", "unexpected keyword argument 'batchsize'", "`--cfg job` shows the options"],
+    "data=image_folder data.root=nowhere": ["`data.root`", "nowhere) is not a folder", "class folders"],
+    "data=dataset": ["data.source.train._target_", "`--cfg job` shows the options"],
+    # model and loss
+    "model=vgg11": ["block `conv6` does not fit its input of shape 512x1x1", "change the model or the data"],
+    f"model=custom model._target_={__name__}.unflattened": ["block `first` does not fit its input of shape 1x8x8"],
+    f"model=custom model._target_={__name__}.linear": ["`model` (=Linear) must be an nn.Sequential", "OrderedDict"],
+    f"model=custom model._target_={__name__}.without_classes": ["unexpected keyword argument 'num_classes'", "model"],
+    f"model=custom model._target_={__name__}.ten_whatever_the_data": ["shape [11] per sample", "10 classes"],
+    "model=custom": ["model._target_", "`--cfg job` shows the options"],
+    "model._target_=nowhere.net": ["No module named 'nowhere'"],
+    "model.hidden_sizes=[0]": ["`hidden_sizes` (=[0]) must all be at least 1"],
+    "model.dropout=1": ["`dropout` (=1) must be in [0, 1)"],
+    "loss._target_=torch.nn.CrossEntropyLoss": ["`loss` (=CrossEntropyLoss) takes logits", "use NLLLoss"],
+    "model=lenet loss._target_=torch.nn.NLLLoss": ["`loss` (=NLLLoss) takes log-probabilities", "use CrossEntropyLoss"],
+    # optimizers
+    "+optimizer.foo=1": ["optimizer of alice", "unexpected keyword argument 'foo'", "change `optimizer`"],
+    "optimizer.lr=-1": ["optimizer of alice", "Invalid learning rate: -1", "change `optimizer`"],
+    "+optimizers.bob.lrr=1": ["optimizer of bob", "unexpected keyword argument 'lrr'", "change `optimizer`"],
+    "+optimizers.ghost.lr=1": ["`optimizers.ghost` names no role of the layout: alice, bob"],
+    "scheduler=step +scheduler.scheduler.foo=1": ["scheduler of alice", "'foo'", "change `scheduler`"],
+    "scheduler.interval=minute": ["`scheduler.interval` (=minute) must be epoch or step"],
+    "schedule.alice.optimizer_state=lose": ["`optimizer_state` (=lose) must be one of carry, reset, keep"],
+    # trainer and run
+    "trainer.devices=2": ["`trainer.devices` (=2) must be 1"],
+    "trainer.precision=7": ["Precision 7 is invalid", "bf16-mixed"],
+    "trainer.accelerator=quantum": ["accelerator='quantum'", "cpu"],
+    "+trainer.foo=1": ["Trainer", "unexpected keyword argument 'foo'", "`--cfg job` shows the options"],
+    "trainer.gradient_clip_algorithm=foo": ["`gradient_clip_algorithm` foo is invalid", "'value', 'norm'"],
+    "trainer.gradient_clip_val=-1": ["`trainer.gradient_clip_val` (=-1) must not be negative"],
+    "steps_per_execution=0": ["`steps_per_execution` (=0) must be at least 1"],
+    "seed=-1": ["`seed` (=-1) must be a whole number from 0 to 4294967295"],
+    "seed=null": ["`seed` (=None) must be a whole number"],
+    "ckpt=nowhere.ckpt": ["`ckpt` (=nowhere.ckpt) is not a file", "leave `ckpt` out"],
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), MISFITS.items(), ids=MISFITS)
+def test_what_does_not_fit_is_told_with_value_rule_and_cure(overrides, message, configure):
+    with refuses(InputError, *message):
+        train(configure(*QUICK, *overrides.split()))
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
+def test_missing_files_are_told_with_folder_files_and_cure(name, configure, tmp_path):
+    folder, files = {
+        "mnist": ("MNIST/raw", "train-images-idx3-ubyte, train-labels-idx1-ubyte"),
+        "fashion_mnist": ("FashionMNIST/raw", "train-images-idx3-ubyte"),
+        "cifar10": ("cifar-10-batches-py", "data_batch_1, data_batch_2"),
+        "cifar100": ("cifar-100-python", "train"),
+    }[name]
+    with refuses(InputError, tmp_path / folder, files, "data.download=true", "SPLITLEARN_DATA", "data=digits"):
+        train(configure(f"data={name}", "data.download=false", f"data.root={tmp_path}"))
+
+
+def test_a_truncated_file_is_told_by_name(configure, idx_root, tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in (idx_root / "MNIST" / "raw").iterdir():
+        (raw / file.name).write_bytes(file.read_bytes())
+    images = raw / "t10k-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:-1])
+    with refuses(InputError, images, "39215 bytes", "promises 39216", "data.download=true"):
+        train(configure("data=mnist", f"data.root={tmp_path}"))
+
+
+def test_pictures_that_do_not_do_are_told_by_name(configure, picture_root, tmp_path):
+    only = tmp_path / "cat"
+    only.mkdir()
+    (only / "0.png").write_bytes((picture_root / "cat" / "0.png").read_bytes())
+    with refuses(InputError, tmp_path, "two class folders or more", "['cat']"):
+        train(configure("data=image_folder", f"data.root={tmp_path}", "data.image_size=8"))
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "broken.png").write_bytes(b"no picture")
+    with refuses(InputError, tmp_path / "dog" / "broken.png", "replace or remove it"):
+        train(configure("data=image_folder", f"data.root={tmp_path}", "data.image_size=8"))
+
+
+def test_a_loss_that_leaves_the_numbers_is_told_with_party_and_step(configure):
+    with refuses(DivergedError, "turn of alice0 at epoch 0, mini-batch", "lower `optimizer.lr`"):
+        train(configure(*QUICK, "optimizer.lr=1e30"))
+
+
+def test_a_metric_that_was_not_measured_is_told_with_those_that_were(configure, caplog):
+    assert train(configure(*QUICK, "metric=val/f1")) is None
+    assert "`metric` (=val/f1) was not measured" in caplog.text
+    assert "val/accuracy" in caplog.text
+
+
+def test_a_monitor_that_is_not_measured_is_told_with_those_that_are(configure):
+    with refuses(InputError, "`scheduler.monitor` (=val/f1) is not measured", "val/accuracy, val/loss"):
+        train(configure(*QUICK, "scheduler=plateau", "scheduler.monitor=val/f1"))
+
+
+def test_unknown_groups_options_and_keys_are_hydras_to_tell(configure):
+    for override, told in {"data=imagenet": "digits", "data.batchsize=3": "batchsize", "optimizer.foo=1": "foo"}.items():
+        with pytest.raises(Exception, match=told):
+            configure(override)
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def checkpoint(configure, tmp_path) -> Path:
+    """Of the first of two epochs."""
+    train(configure("trainer.max_epochs=1", "trainer.limit_train_batches=2", "logger=none"))
+    saved = tmp_path / "run" / "checkpoints" / "epoch0.ckpt"
+    return saved.rename(tmp_path / "first.ckpt")
+
+
+def test_ckpt_goes_on_as_if_never_interrupted(checkpoint, configure, tmp_path):
+    two = ("trainer.max_epochs=2", "trainer.limit_train_batches=2", "logger=none")
+    train(configure(*two))
+    uninterrupted = results(tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    train(configure(*two, f"ckpt={checkpoint}"))
+    resumed = results(tmp_path / "run")
+    assert [epoch["epoch"] for epoch in resumed["epochs"]] == [0, 1]
+    for part in ("epochs", "test", "bytes"):
+        assert resumed[part] == uninterrupted[part]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    {
+        "layout.cut=2": ["`ckpt` is of another layout", "bottom(x)=[hidden1] ", "bottom(x)=[hidden1, hidden2]"],
+        "model.hidden_sizes=[32,32]": ["`ckpt` is of another model", "hidden1 of 8320", "hidden1 of 2080"],
+        "optimizer=adam": ["`ckpt` is of another optimizer", "bob: SGD", "bob: Adam", "without `ckpt`"],
+        "num_alices=2": ["`ckpt` is of another num_alices: 1, this run has 2"],
+    }.items(),
+)
+def test_a_checkpoint_of_another_run_is_refused(overrides, message, checkpoint, configure):
+    with refuses(InputError, *message):
+        train(configure("trainer.max_epochs=2", "logger=none", overrides, f"ckpt={checkpoint}"))
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04" + bytes(100)])
+def test_a_damaged_checkpoint_is_refused_by_name(content, configure, tmp_path):
+    damaged = tmp_path / "damaged.ckpt"
+    damaged.write_bytes(content)
+    with refuses(InputError, f"`ckpt` (={damaged}) cannot be read", "take another one"):
+        train(configure("logger=none", f"ckpt={damaged}"))
+
+
+def test_a_checkpoint_of_something_else_is_refused_by_name(configure, tmp_path):
+    foreign = tmp_path / "foreign.ckpt"
+    torch.save({"state_dict": {}}, foreign)
+    with refuses(InputError, f"`ckpt` (={foreign}) was not saved by splitlearn", "checkpoints folder"):
+        train(configure("logger=none", f"ckpt={foreign}"))
+
+
+# What the keys do
+
+
+def rates_and_kinds(cfg) -> dict[str, tuple[str, float]]:
+    run = build(cfg)
+    run.engine.run(run.trainer, run.learner, run.data, None)
+    return {
+        role: (type(optimizer).__name__, pytest.approx(optimizer.param_groups[0]["lr"]))
+        for role, optimizer in run.learner.stepper.optimizers.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    {
+        "optimizer.lr=0.3": {"alice": ("SGD", 0.3), "bob": ("SGD", 0.3)},
+        "+optimizers.bob.lr=0.01": {"alice": ("SGD", 0.1), "bob": ("SGD", 0.01)},
+        "+optimizer@optimizers.bob=adam": {"alice": ("SGD", 0.1), "bob": ("Adam", 0.001)},
+        "scheduler=step scheduler.scheduler.step_size=1": {"alice": ("SGD", 0.01), "bob": ("SGD", 0.01)},
+        "scheduler=step scheduler.scheduler.step_size=1 scheduler.interval=step": {
+            "alice": ("SGD", 0.001),
+            "bob": ("SGD", 0.001),
+        },
+        # The loss cannot fall by 10 in an epoch, so the second epoch is one on the plateau.
+        "scheduler=plateau trainer.max_epochs=2 scheduler.scheduler.patience=0 "
+        "+scheduler.scheduler.threshold=10 +scheduler.scheduler.threshold_mode=abs": {
+            "alice": ("SGD", 0.01),
+            "bob": ("SGD", 0.01),
+        },
+    }.items(),
+)
+def test_optimizers_and_rates_are_those_that_were_asked_for(override, expected, configure):
+    assert rates_and_kinds(configure(*QUICK, *override.split())) == expected
+
+
+def test_an_override_of_a_role_keeps_the_other_options(configure):
+    learner = build(configure("optimizer.momentum=0.9", "+optimizers.bob.lr=0.01")).learner
+    bob = learner.makers["bob"](learner.network.parameters_of("bob"))
+    assert (bob.defaults["lr"], bob.defaults["momentum"]) == (0.01, 0.9)
+
+
+def test_gradients_are_clipped_by_the_trainers_keys(configure):
+    def moved(*overrides: str) -> float:
+        run = build(configure(*QUICK, "trainer.limit_train_batches=1", "optimizer.lr=1", *overrides))
+        before = [p.detach().clone() for p in run.learner.network.parameters_of("bob")]
+        run.engine.run(run.trainer, run.learner, run.data, None)
+        after = run.learner.network.parameters_of("bob")
+        return float(sum((a - b).square().sum() for a, b in zip(after, before, strict=True)).sqrt())
+
+    assert moved() > 0.02
+    assert moved("trainer.gradient_clip_val=0.001") == pytest.approx(0.001, rel=1e-3)
+
+
+def test_half_precision_halves_what_crosses(configure, tmp_path, capsys):
+    crossed = {}
+    for precision in ("32-true", "bf16-mixed"):
+        train(configure(*QUICK, f"trainer.precision={precision}"))
+        crossed[precision] = results(tmp_path / "run")["bytes"]["alice0->bob"]["activation"]
+    assert crossed == {"32-true": 2 * 64 * 128 * 4, "bf16-mixed": 2 * 64 * 128 * 2}
+    drawings = capsys.readouterr().out
+    assert "activation 64 x 128 float32, 32,768 bytes" in drawings
+    assert "activation 64 x 128 bfloat16, 16,384 bytes" in drawings
+
+
+@pytest.mark.parametrize(
+    ("override", "epochs"),
+    {
+        "trainer.enable_checkpointing=false": 1,
+        "trainer.enable_progress_bar=false": 1,
+        "trainer.fast_dev_run=true": 1,
+        "trainer.max_epochs=3": 3,
+        "trainer.overfit_batches=1": 1,
+        "data.val_fraction=0": 1,
+    }.items(),
+)
+def test_lightnings_own_switches_work(override, epochs, configure, tmp_path):
+    train(configure(*QUICK, "trainer.enable_progress_bar=true", override))
+    found = results(tmp_path / "run")
+    assert len(found["epochs"]) == epochs
+    assert set(found["test"]) == {"test/loss", "test/accuracy"}
+    unsaved = override in ("trainer.enable_checkpointing=false", "trainer.fast_dev_run=true")
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file() is not unsaved
+
+
+def test_a_relative_root_is_that_of_the_folder_one_stands_in(configure, idx_root, monkeypatch):
+    monkeypatch.chdir(idx_root.parent)
+    assert len(build(configure("data=mnist", f"data.root={idx_root.name}", "data.download=false")).data.rows) == 200
+    monkeypatch.setenv("SPLITLEARN_DATA", idx_root.name)
+    assert len(build(configure("data=mnist", "data.download=false")).data.rows) == 200
+
+
+def test_train_returns_the_metric_that_was_asked_for(configure, tmp_path):
+    returned = train(configure(*QUICK, "metric=test/accuracy"))
+    assert returned == results(tmp_path / "run")["test"]["test/accuracy"]
+
+
+# The command itself
+
+
+def test_the_configuration_and_the_console_script_are_found():
+    assert Path(CONF, "train.yaml").is_file()
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="splitlearn-train")
+    assert script.load() is module.main
+
+
+def test_cfg_job_prints_the_configuration(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["splitlearn-train", "+experiment=digits_2party", "--cfg", "job"])
+    module.main()
+    assert "hidden_sizes:\n  - 64\n  - 64\n  - 64\n" in capsys.readouterr().out
+
+
+def test_the_command_tells_a_misfit_in_one_line_and_fails(tmp_path):
+    done = command("layout.cut=9", cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"splitlearn: `layout.cut` (=9) must lie between 1 and 2, the blocks being {BLOCKS}\n"
+    assert done.stdout == ""
+
+
+def hyperparameters(run: Path) -> tuple[dict[str, object], dict[str, float]]:
+    """What TensorBoard's HPARAMS tab shows of a run: its hyperparameters, its metrics."""
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+    metrics = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+    return {name: value.number_value for name, value in hparams.items()}, metrics
+
+
+def test_a_sweep_over_the_cut_makes_three_runs_that_compare(tmp_path):
+    quick = ("+experiment=digits_2party", "trainer.max_epochs=1", "trainer.limit_train_batches=3")
+    command("-m", *quick, "layout.cut=1,2,3", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
+    tests = []
+    for cut, run in enumerate(sorted((tmp_path / "sweep").glob("[0-9]*")), start=1):
+        shown, metrics = hyperparameters(run)
+        found = results(run)
+        assert shown["layout/cut"] == cut
+        assert metrics["val/accuracy"] == pytest.approx(found["epochs"][-1]["val/accuracy"])
+        assert metrics["test/accuracy"] == pytest.approx(found["test"]["test/accuracy"])
+        assert found["bytes"]["alice0->bob"] == {"activation": 3 * 32 * 64 * 4}
+        tests.append(found["test"])
+    assert len(tests) == 3
+    assert tests[0] == tests[1] == tests[2]
