@@ -55,7 +55,9 @@ def make_data(num_rows=39, batch_size=4, layout=TWO_PARTY, num_alices=1, val_row
     )
 
 
-def make_learner(data, layout=TWO_PARTY, make=SGD, model=None, state="carry", kind=SplitLearner, **kwargs) -> SplitLearner:
+def make_learner(
+    data, layout=TWO_PARTY, make=SGD, model=None, state="carry", kind=SplitLearner, **kwargs
+) -> SplitLearner:
     network = SplitNetwork(model or net(), layout, Wire(), data.sample(), SEED)
     return kind(network, Sequential(tuple(data.shards), Handoff(state)), make, nn.CrossEntropyLoss(), 3, **kwargs)
 
@@ -95,7 +97,9 @@ class Plain(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
 
-def batches_of(data: SplitData, epoch: int, order: int | None = None) -> Iterator[tuple[Tensor, Tensor, tuple[int, int]]]:
+def batches_of(
+    data: SplitData, epoch: int, order: int | None = None
+) -> Iterator[tuple[Tensor, Tensor, tuple[int, int]]]:
     """(x, y, number) of each mini-batch of an epoch, or of its numbers in the order of another epoch."""
     turns = TurnLoader(data.rows, data.shards, Sequential(tuple(data.shards)), None, data.batch_size, SEED)
     for place, step in enumerate(turns.steps(epoch if order is None else order)):
@@ -184,10 +188,12 @@ def difference(a, b, place="") -> list[str]:
     if isinstance(a, dict):
         keys = list(dict.fromkeys([*a, *b]))
         missing = [f"{place}/{key}: only once" for key in keys if key not in a or key not in b]
-        return missing + [d for key in keys if key in a and key in b for d in difference(a[key], b[key], f"{place}/{key}")]
+        return missing + [
+            d for key in keys if key in a and key in b for d in difference(a[key], b[key], f"{place}/{key}")
+        ]
     if isinstance(a, list | tuple):
         lengths = [] if len(a) == len(b) else [f"{place}: {len(a)} and {len(b)} of them"]
-        return lengths + [d for i, (x, y) in enumerate(zip(a, b, strict=False)) for d in difference(x, y, f"{place}/{i}")]
+        return lengths + [
+            d for i, (x, y) in enumerate(zip(a, b, strict=False)) for d in difference(x, y, f"{place}/{i}")
+        ]
     return [] if a == b else [f"{place}: {a} {b}"]
-
-

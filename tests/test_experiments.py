@@ -13,7 +13,12 @@ from torch.utils.data import Dataset
 from splitlearn.train import CONF, build, train
 
 FEW = ("trainer.max_epochs=1", "trainer.limit_train_batches=5")
-TINY_BATCHES = ("data.batch_size=4", "data.eval_batch_size=4", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1")
+TINY_BATCHES = (
+    "data.batch_size=4",
+    "data.eval_batch_size=4",
+    "trainer.limit_val_batches=1",
+    "trainer.limit_test_batches=1",
+)
 TINY_VGG = (*TINY_BATCHES, "model.hidden_sizes=[8]")
 
 # What crosses in five mini-batches of 40 rows (4 at the VGG): rows x elements at the cut x 4 bytes, and back.
@@ -97,7 +102,9 @@ class Stripes(Dataset):
 
 def own_model(num_classes: int) -> nn.Sequential:
     """A user's own model."""
-    return nn.Sequential(OrderedDict(bottom=nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), top=nn.Linear(4, num_classes)))
+    return nn.Sequential(
+        OrderedDict(bottom=nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), top=nn.Linear(4, num_classes))
+    )
 
 
 OPTIONS = [

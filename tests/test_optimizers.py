@@ -13,7 +13,6 @@ from runs import (
     Plain,
     batches_of,
     difference,
-    end_state,
     fit_plain,
     make_data,
     make_learner,
@@ -73,9 +72,7 @@ CLIPS = {
 @pytest.mark.parametrize("algorithm", CLIPS)
 @pytest.mark.parametrize("length", [1, 50])
 def test_each_role_is_clipped_by_itself(tmp_path, algorithm, length):
-    learner, _ = fit(
-        tmp_path, steps_per_execution=length, gradient_clip_val=0.1, gradient_clip_algorithm=algorithm
-    )
+    learner, _ = fit(tmp_path, steps_per_execution=length, gradient_clip_val=0.1, gradient_clip_algorithm=algorithm)
     expected, _ = by_hand(clip=CLIPS[algorithm])
     assert difference(weights(learner), expected) == []
     assert difference(expected, by_hand()[0]) != []
@@ -92,14 +89,14 @@ def test_a_frozen_role_has_no_optimizer_and_keeps_its_weights(tmp_path, frozen):
     model, reference = net(), net()
     for copy in (model, reference):
         (copy[2:] if frozen else copy[:2]).requires_grad_(False)
-    learner, trainer = fit(tmp_path, model=model)
+    learner, _ = fit(tmp_path, model=model)
     makers = [SGD, SGD]
     makers[frozen] = None
     assert difference(weights(learner), by_hand(makers, model=reference)[0]) == []
     assert list(learner.stepper.optimizers) == [["bob"], ["alice"]][frozen]
     initial = dict(net().named_parameters())
     unchanged = [name for name, p in reference.named_parameters() if torch.equal(p, initial[name])]
-    assert unchanged == [name for name in initial if (name[:6] in ("block3", "head.w", "head.b")) == bool(frozen)]
+    assert unchanged == [name for name in initial if name.startswith(("block3", "head")) == bool(frozen)]
 
 
 class Rates(Callback):
@@ -117,7 +114,6 @@ COSINE = partial(CosineAnnealingLR, T_max=30)
 PLATEAU = partial(ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.2)
 
 
-@pytest.mark.parametrize("length", [1, 7, 50])
 @pytest.mark.parametrize(
     ("scheduler", "interval", "trainer"),
     [
@@ -126,15 +122,15 @@ PLATEAU = partial(ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.2)
         (COSINE, "step", {"max_steps": 13}),
         (COSINE, "epoch", {"max_epochs": 3, "limit_train_batches": 4}),
         (PLATEAU, "epoch", {"max_epochs": 5}),
-        (PLATEAU, "epoch", {"max_epochs": 3, "val_check_interval": 5}),
+        (partial(PLATEAU, threshold=0.99), "epoch", {"max_epochs": 4, "val_check_interval": 5}),
     ],
 )
-def test_schedulers_step_when_lightning_steps_them(tmp_path, length, scheduler, interval, trainer):
+def test_schedulers_step_when_lightning_steps_them(tmp_path, scheduler, interval, trainer):
     data, expected, found = make_data(val_rows=6, layout=WHOLE), Rates(), Rates()
     plain = Plain(scheduler=scheduler, interval=interval)
     lightning = make_trainer(tmp_path, [expected], **trainer)
     fit_plain(plain, data, lightning)
-    learner = make_learner(data, WHOLE, scheduler=scheduler, interval=interval, steps_per_execution=length)
+    learner = make_learner(data, WHOLE, scheduler=scheduler, interval=interval)
     split = make_trainer(tmp_path, [found], **trainer)
     split.fit(learner, datamodule=data)
     assert found.rates == expected.rates
@@ -159,7 +155,9 @@ def test_every_role_has_a_scheduler(tmp_path):
 def test_a_plateau_follows_the_metric_it_is_told(tmp_path):
     _, trainer = fit(tmp_path, scheduler=PLATEAU, monitor="train/loss")
     assert trainer.lr_scheduler_configs[0].scheduler.best <= float(trainer.callback_metrics["train/loss"])
-    with pytest.raises(InputError, match=r"`scheduler.monitor` \(=val/loss\) is not measured: choose one of train/loss"):
+    with pytest.raises(
+        InputError, match=r"`scheduler.monitor` \(=val/loss\) is not measured: choose one of train/loss"
+    ):
         fit(tmp_path, scheduler=PLATEAU)
 
 
@@ -174,7 +172,7 @@ class Caching(MixedPrecision):
         return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=True)
 
 
-@pytest.mark.parametrize("length", [1, 7, 50])
+@pytest.mark.parametrize("length", [1, 50])
 @pytest.mark.parametrize("plugin", [MixedPrecision, Caching])
 def test_bf16_equals_a_hand_loop_under_autocast(tmp_path, length, plugin):
     precision = {"plugins": [plugin("bf16-mixed", "cpu")]}
@@ -213,9 +211,7 @@ class Scales(Callback):
             self.scales.append(learner.stepper.scaler.get_scale())
 
 
-@pytest.mark.parametrize("length", [1, 50])
-@pytest.mark.parametrize("clip", [None, 0.1])
-@pytest.mark.parametrize("make", [SGD, ADAM], ids=["sgd", "adam"])
+@pytest.mark.parametrize(("length", "clip", "make"), [(1, None, SGD), (50, 0.1, SGD), (50, None, ADAM)])
 def test_16_mixed_scales_like_a_hand_loop_with_one_scaler(tmp_path, length, clip, make):
     scales, precision = Scales(), MixedPrecision("16-mixed", "cpu", scaler=make_scaler())
     learner, _ = fit(

@@ -273,7 +273,7 @@ def test_a_metric_logged_inside_a_stretch_is_reduced_as_in_an_ordinary_module(tm
         pytest.approx((4 * sum(range(10, 19)) + 3 * 19) / 39),
     ]
     for length in LENGTHS:
-        learner, _, logged = train_split(tmp_path / str(length), length, [Logs], layout=WHOLE)
+        _, _, logged = train_split(tmp_path / str(length), length, [Logs], layout=WHOLE)
         found = [(step, {k: v for k, v in m.items() if "seen" in k}) for step, m in logged]
         assert [(step, m) for step, m in found if m] == expected
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.errors import HydraException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
@@ -32,7 +33,7 @@ def results(folder: Path) -> dict:
 
 
 def command(*overrides: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "splitlearn.train", "trainer.accelerator=cpu", *overrides]
+    line = [sys.executable, "-m", "splitlearn.train", *overrides, "trainer.accelerator=cpu"]
     return subprocess.run(line, cwd=cwd, capture_output=True, text=True, check=check, timeout=120)
 
 
@@ -170,10 +171,13 @@ def test_a_monitor_that_is_not_measured_is_told_with_those_that_are(configure):
         train(configure(*QUICK, "scheduler=plateau", "scheduler.monitor=val/f1"))
 
 
-def test_unknown_groups_options_and_keys_are_hydras_to_tell(configure):
-    for override, told in {"data=imagenet": "digits", "data.batchsize=3": "batchsize", "optimizer.foo=1": "foo"}.items():
-        with pytest.raises(Exception, match=told):
-            configure(override)
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [("data=imagenet", "digits"), ("data.batchsize=3", "batchsize"), ("optimizer.foo=1", "foo")],
+)
+def test_unknown_options_and_keys_are_hydras_to_tell(override, told, configure):
+    with pytest.raises(HydraException, match=told):
+        configure(override)
 
 
 # Checkpoints
@@ -272,10 +276,10 @@ def test_an_override_of_a_role_keeps_the_other_options(configure):
 def test_gradients_are_clipped_by_the_trainers_keys(configure):
     def moved(*overrides: str) -> float:
         run = build(configure(*QUICK, "trainer.limit_train_batches=1", "optimizer.lr=1", *overrides))
-        before = [p.detach().clone() for p in run.learner.network.parameters_of("bob")]
+        before = nn.utils.parameters_to_vector(run.learner.network.parameters_of("bob")).detach()
         run.engine.run(run.trainer, run.learner, run.data, None)
-        after = run.learner.network.parameters_of("bob")
-        return float(sum((a - b).square().sum() for a, b in zip(after, before, strict=True)).sqrt())
+        after = nn.utils.parameters_to_vector(run.learner.network.parameters_of("bob")).detach()
+        return float((after - before).norm())
 
     assert moved() > 0.02
     assert moved("trainer.gradient_clip_val=0.001") == pytest.approx(0.001, rel=1e-3)
@@ -309,7 +313,7 @@ def test_lightnings_own_switches_work(override, epochs, configure, tmp_path):
     assert len(found["epochs"]) == epochs
     assert set(found["test"]) == {"test/loss", "test/accuracy"}
     unsaved = override in ("trainer.enable_checkpointing=false", "trainer.fast_dev_run=true")
-    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file() is not unsaved
+    assert any(tmp_path.glob("run/checkpoints/epoch*.ckpt")) is not unsaved
 
 
 def test_a_relative_root_is_that_of_the_folder_one_stands_in(configure, idx_root, monkeypatch):
@@ -346,13 +350,21 @@ def test_the_command_tells_a_misfit_in_one_line_and_fails(tmp_path):
     assert done.stdout == ""
 
 
-def hyperparameters(run: Path) -> tuple[dict[str, object], dict[str, float]]:
-    """What TensorBoard's HPARAMS tab shows of a run: its hyperparameters, its metrics."""
+def hyperparameters(run: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """What TensorBoard's HPARAMS tab shows of a run: its hyperparameters that are numbers, and its final metrics."""
     events = EventAccumulator(str(run / "tensorboard")).Reload()
-    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
-    metrics = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
-    return {name: value.number_value for name, value in hparams.items()}, metrics
+
+    def read(tag: str) -> HParamsPluginData:
+        return HParamsPluginData.FromString(events.summary_metadata[f"_hparams_/{tag}"].plugin_data.content)
+
+    typed = read("session_start_info").session_start_info.hparams
+    tags = [info.name.tag for info in read("experiment").experiment.metric_infos]
+    curves = {tag: events.Scalars(tag) for tag in tags}
+    for curve in curves.values():  # a final point in front of the curve would be a zigzag
+        steps = [event.step for event in curve]
+        assert steps == sorted(steps)
+    hparams = {name: value.number_value for name, value in typed.items()}
+    return hparams, {tag: curve[-1].value for tag, curve in curves.items()}
 
 
 def test_a_sweep_over_the_cut_makes_three_runs_that_compare(tmp_path):
@@ -364,8 +376,8 @@ def test_a_sweep_over_the_cut_makes_three_runs_that_compare(tmp_path):
         shown, metrics = hyperparameters(run)
         found = results(run)
         assert shown["layout/cut"] == cut
-        assert metrics["val/accuracy"] == pytest.approx(found["epochs"][-1]["val/accuracy"])
-        assert metrics["test/accuracy"] == pytest.approx(found["test"]["test/accuracy"])
+        final = {name: value for name, value in found["epochs"][-1].items() if name != "epoch"} | found["test"]
+        assert metrics == pytest.approx(final, rel=1e-6)
         assert found["bytes"]["alice0->bob"] == {"activation": 3 * 32 * 64 * 4}
         tests.append(found["test"])
     assert len(tests) == 3

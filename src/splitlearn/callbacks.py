@@ -28,6 +28,11 @@ class ProgressBar(TQDMProgressBar):
 
     content_with_stretches = True
 
+    def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        super().on_train_start(trainer, *args)
+        # Lightning sets it where an epoch starts, and a resumed run may start in the middle of one.
+        self.train_progress_bar.total = int(trainer.num_training_batches)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -52,7 +57,7 @@ class Drawing(Callback):
 class Results(Callback):
     """Keeps `results.json`: the epochs so far, the test, the bytes of training, the seconds. Survives a resume.
 
-    Written after every epoch, after the test, and when the run breaks off.
+    Written after every epoch, after training and the test, and when the run breaks off.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -70,8 +75,9 @@ class Results(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.started = time.perf_counter()
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
         self.earlier, self.started = self.seconds, time.perf_counter()
+        self.write(learner)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.validated = {}
@@ -175,7 +181,8 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, learner: SplitLearner, *_: Any) -> None:  # type: ignore[override]
         step = trainer.global_step
-        if not trainer.loggers or not trainer.log_every_n_steps or step % trainer.log_every_n_steps:
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not trainer.loggers or not every or step % every:
             return
         scalars = {"train/loss_step": learner.last_loss}
         for role, optimizer in learner.stepper.optimizers.items():

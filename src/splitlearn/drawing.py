@@ -14,10 +14,10 @@ from splitlearn.network import SplitNetwork
 def draw(network: SplitNetwork, sample: Mapping[str, Tensor], batch_size: int, takers: Sequence[Party]) -> str:
     """Return the drawing: a line for each stage, with what crosses on the way to it above it.
 
-        two_party
-        alice   x 1x28x28 -> hidden1 hidden2                    183,040 parameters
-          | alice -> bob: activation 64 x 640 float32, 163,840 bytes, and its gradient back
-        bob     head <- y                                         6,410 parameters
+    two_party
+    alice   x 1x28x28 -> hidden1 hidden2                    183,040 parameters
+      | alice -> bob: activation 64 x 640 float32, 163,840 bytes, and its gradient back
+    bob     head <- y                                         6,410 parameters
     """
     layout, times = network.layout, batch_size / len(sample["y"])
     tape, ledger = network.look(sample)
@@ -28,7 +28,7 @@ def draw(network: SplitNetwork, sample: Mapping[str, Tensor], batch_size: int, t
         lines += [_crossing(next(hops), batch_size, times) for _ in crossing]
         blocks = [f"{name} {_shape(sample[name])} ->" for name in stage.inputs if name in sample] + list(stage.blocks)
         size = sum(p.numel() for p in network.segments[stage.name].parameters())
-        labels = " <- y" if stage is layout.stages[-1] else ""
+        labels = " <- y" if stage is layout.stages[-1] and layout.owners["y"] == stage.role else ""
         lines.append(f"{stage.role:<8}{' '.join(blocks) + labels:<48}{size:>14,} parameters")
     for (src, dst, kind), num_bytes in ledger.num_bytes.items():
         if kind == "label":

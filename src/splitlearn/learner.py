@@ -59,7 +59,8 @@ class SplitLearner(pl.LightningModule):
         steps_per_execution: int = 50,
     ) -> None:
         super().__init__()
-        _check(loss, network.sample_output, num_classes, interval, steps_per_execution)
+        _check_settings(interval, gradient_clip_val, gradient_clip_algorithm, steps_per_execution)
+        _check_loss(loss, network.sample_output, num_classes)
         self.network, self.layout, self.schedule, self.loss = network, network.layout, schedule, loss
         self.makers = by_role(network, optimizer, optimizers or {}, scheduler)
         self.scheduler, self.interval, self.monitor = scheduler, interval, monitor
@@ -115,7 +116,7 @@ class SplitLearner(pl.LightningModule):
             "num_alices": str(len(self.schedule.takers)),
         }
 
-    def configure_optimizers(self) -> list[dict[str, Any]]:
+    def configure_optimizers(self) -> list[dict[str, Any]]:  # type: ignore[override]
         configs: list[dict[str, Any]] = []
         for role, make in self.makers.items():
             optimizer = make(self.network.parameters_of(role))
@@ -203,11 +204,18 @@ class SplitLearner(pl.LightningModule):
         self.last_loss = values[-1]
 
 
-def _check(loss: nn.Module, output: Tensor, num_classes: int, interval: str, steps_per_execution: int) -> None:
+def _check_settings(interval: str, clip_val: float | None, clip_algorithm: str, steps_per_execution: int) -> None:
     if interval not in ("epoch", "step"):
         raise ValueError(f"`scheduler.interval` (={interval}) must be epoch or step")
     if steps_per_execution < 1:
         raise ValueError(f"`steps_per_execution` (={steps_per_execution}) must be at least 1")
+    if clip_val is not None and clip_val < 0:
+        raise ValueError(f"`trainer.gradient_clip_val` (={clip_val}) must not be negative; null clips nothing")
+    if clip_algorithm not in ("norm", "value"):
+        raise ValueError(f"`trainer.gradient_clip_algorithm` (={clip_algorithm}) must be norm or value")
+
+
+def _check_loss(loss: nn.Module, output: Tensor, num_classes: int) -> None:
     if output.ndim != 2 or output.shape[1] != num_classes:
         raise ValueError(
             f"the model's output has shape {list(output.shape[1:])} per sample, the data {num_classes} classes: "
@@ -215,7 +223,9 @@ def _check(loss: nn.Module, output: Tensor, num_classes: int, interval: str, ste
         )
     logs = torch.allclose(output.float().exp().sum(1), torch.ones(len(output)), atol=1e-3)
     if isinstance(loss, nn.NLLLoss) and not logs:
-        raise ValueError("`loss` (=NLLLoss) takes log-probabilities: end the model in LogSoftmax, or use CrossEntropyLoss")
+        cure = "end the model in LogSoftmax, or use CrossEntropyLoss"
+        raise ValueError(f"`loss` (=NLLLoss) takes log-probabilities: {cure}")
     probabilities = torch.allclose(output.float().sum(1), torch.ones(len(output)), atol=1e-3)
     if isinstance(loss, nn.CrossEntropyLoss) and (logs or (probabilities and bool((output >= 0).all()))):
-        raise ValueError("`loss` (=CrossEntropyLoss) takes logits: drop the model's last Softmax, or use NLLLoss with LogSoftmax")
+        cure = "drop the model's last Softmax, or use NLLLoss with LogSoftmax"
+        raise ValueError(f"`loss` (=CrossEntropyLoss) takes logits: {cure}")

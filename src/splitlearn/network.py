@@ -97,10 +97,11 @@ class SplitNetwork(nn.Module):
         self.cut = CutLayer(wire)
         blocks = check_blocks(model)
         uses = Counter(name for stage in layout.stages for name in stage.blocks)
-        self.segments = nn.ModuleDict({stage.name: _segment(stage, blocks, uses, seed) for stage in layout.stages})
+        segments = {stage.name: _segment(stage, blocks, uses, seed) for stage in layout.stages}
+        self.segments = nn.ModuleDict(segments)
         self.owners = {stage.name: stage.role for stage in layout.stages}
         # A list beside the ModuleDict, whose look-ups would cost as much as the cut itself.
-        self.program = [(stage, self.segments[stage.name]) for stage in layout.stages]
+        self.program = [(stage, segments[stage.name]) for stage in layout.stages]
         with torch.random.fork_rng(devices=[]):
             self.sample_output = self._shape(sample)
 
@@ -127,7 +128,7 @@ class SplitNetwork(nn.Module):
 
         Nothing is sent: the network's own ledger and taps do not hear of it.
         """
-        wire, training = self.wire, self.training
+        wire, modes = self.wire, [(module, module.training) for module in self.modules()]
         self.wire = self.cut.wire = Wire()
         self.eval()
         try:
@@ -136,7 +137,8 @@ class SplitNetwork(nn.Module):
             return tape, self.wire.ledger
         finally:
             self.wire = self.cut.wire = wire
-            self.train(training)
+            for module, training in modes:  # not `train()`: a part may be in evaluation mode for good
+                module.training = training
 
     def segments_of(self, role: Role) -> list[nn.Module]:
         return [self.segments[stage.name] for stage in self.layout.stages if stage.role == role]
@@ -189,7 +191,7 @@ def _make_safe(blocks: Iterable[nn.Module]) -> None:
     for block in blocks:
         for module in block.modules():
             if getattr(module, "inplace", False):
-                module.inplace = False
+                module.inplace = False  # type: ignore[assignment]
 
 
 def _seed(seed: int, device: torch.device) -> None:

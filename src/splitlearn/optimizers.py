@@ -132,7 +132,7 @@ def by_role(
 
 def _listeners(learner: pl.LightningModule, hook: str) -> list[Callable[..., None]]:
     trainer = learner.trainer
-    heard = [
+    heard: list[Callable[..., None]] = [
         partial(getattr(callback, hook), trainer, learner)
         for callback in trainer.callbacks  # type: ignore[attr-defined]
         if is_overridden(hook, callback, Callback)

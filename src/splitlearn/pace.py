@@ -76,7 +76,7 @@ class Pace:
         for callback in trainer.checkpoint_callbacks:
             ahead.append(_until(step, getattr(callback, "_every_n_train_steps", 0)))
         if trainer.loggers:
-            ahead.append(_until(step, trainer.log_every_n_steps))
+            ahead.append(_until(step, trainer.log_every_n_steps))  # type: ignore[attr-defined]
         if trainer.enable_validation and isinstance(trainer.val_check_batch, int):
             across_epochs = trainer.check_val_every_n_epoch is None
             ahead.append(_until(self.loop.total_batch_idx + 1 if across_epochs else self.done, trainer.val_check_batch))
@@ -117,6 +117,7 @@ def go_on(fit_loop: dict[str, Any], left: float) -> None:
         count["completed"] = count["processed"]
     if not halfway:
         batch["current"] = dict.fromkeys(batch["current"], 0)
+        batch["is_last_batch"] = False
     if just_trained:
         # A validation whose first batch has begun is what Lightning runs again, if it is due.
         validation = fit_loop["epoch_loop.val_loop.batch_progress"]

@@ -168,7 +168,7 @@ def _log_hyperparameters(cfg: DictConfig, trainer: pl.Trainer, metrics: dict[str
     params = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(TYPED)), resolve=True)
     for logger in trainer.loggers:
         if isinstance(logger, pl.loggers.TensorBoardLogger):
-            logger.log_hyperparams(params, metrics)  # type: ignore[arg-type]
+            logger.log_hyperparams(params, metrics, step=trainer.global_step)  # type: ignore[arg-type]
             logger.save()
 
 
@@ -188,6 +188,7 @@ def _quieten() -> None:
     for message in (
         "Using ModelCheckpoint with manual optimization",
         "The number of training batches",
+        "Total length of `list` across ranks is zero",
         "Checkpoint directory .* exists and is not empty",
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     ):

@@ -70,7 +70,7 @@ class TurnLoader:
 
     def _turns(self, epoch: int, start: int) -> Iterator[Turns]:
         # Lightning stops the shuffling to overfit, so that every epoch has the same few mini-batches.
-        steps = self.steps(0 if self.pace.trainer.overfit_batches else epoch)
+        steps = self.steps(0 if self.pace.trainer.overfit_batches else epoch)  # type: ignore[attr-defined]
         place = sum(len(step) for step in steps[:start])
         steps = steps[start:]
         device = self.pace.trainer.strategy.root_device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -79,7 +80,7 @@ class SplitData(pl.LightningDataModule):
         return next(iter(self.rows.stream([first], torch.device("cpu"))))
 
     def train_dataloader(self) -> TurnLoader:
-        learner = self.trainer.lightning_module  # type: ignore[union-attr]
+        learner: Any = self.trainer.lightning_module  # type: ignore[union-attr]
         self._place(self.rows)
         return TurnLoader(
             self.rows, self.shards, learner.schedule, learner.pace, self.batch_size, self.seed, self.augment

@@ -1,0 +1,231 @@
+"""results.json, the progress bar and TensorBoard hold what they promise, and change nothing."""
+
+import json
+import math
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from helpers import BLOCKS, SGD, net, run_blocks
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import TensorBoardLogger
+from runs import TWO_PARTY, Recorder, batches_of, difference, end_state, make_data, make_learner, make_trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from splitlearn.callbacks import ProgressBar, Results, Watch, _strip
+from splitlearn.data import Source, SplitData
+from splitlearn.layout import vertical
+
+
+def fit(folder, callbacks=(), logger=False, data=None, layout=TWO_PARTY, trainer=None, **learner):
+    data = make_data(val_rows=6) if data is None else data
+    trained = make_learner(data, layout, **learner)
+    lightning = make_trainer(folder, callbacks, logger, **(trainer or {}))
+    lightning.fit(trained, datamodule=data)
+    return trained, lightning
+
+
+def epoch_losses(data, epochs):
+    """The mean loss over the rows of each epoch, and the gradient norms of both parties at the end of it, by hand."""
+    model, means, norms = net(), [], []
+    optimizer = SGD(model.parameters())
+    for epoch in range(epochs):
+        total = num_rows = 0
+        for x, y, number in batches_of(data, epoch):
+            loss = nn.functional.cross_entropy(run_blocks(model.named_children(), x, number), y)
+            model.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total, num_rows = total + loss.item() * len(y), num_rows + len(y)
+            norms.append([math.sqrt(sum(float((p.grad**2).sum()) for p in part.parameters())) for part in cut(model)])
+        means.append(total / num_rows)
+    return means, norms
+
+
+def cut(model):
+    return model[:2], model[2:]
+
+
+def test_results_have_the_shape_that_is_promised(tmp_path):
+    learner, trainer = fit(tmp_path, [Results(tmp_path / "sub" / "results.json")])
+    metrics = dict(trainer.callback_metrics)
+    trainer.test(learner, datamodule=trainer.datamodule, verbose=False)
+    kept = json.loads((tmp_path / "sub" / "results.json").read_text())
+    means, _ = epoch_losses(trainer.datamodule, 2)
+    assert list(kept) == ["epochs", "test", "bytes", "evaluation_bytes", "seconds"]
+    assert [list(epoch) for epoch in kept["epochs"]] == [["epoch", "train/loss", "val/loss", "val/accuracy"]] * 2
+    assert [(epoch["epoch"], epoch["train/loss"]) for epoch in kept["epochs"]] == [(0, means[0]), (1, means[1])]
+    assert kept["epochs"][1]["val/loss"] == float(metrics["val/loss"])
+    tested = {name: float(trainer.callback_metrics[name]) for name in ("test/loss", "test/accuracy")}
+    assert kept["test"] == tested
+    assert kept["bytes"] == {"alice0->bob": {"activation": 78 * 40}, "bob->alice0": {"gradient": 78 * 40}}
+    assert kept["evaluation_bytes"] == {"alice0->bob": {"activation": (12 + 5) * 40}}
+    assert 0 < kept["seconds"] < 60
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["results.json"]
+
+
+def test_an_epoch_has_the_validation_that_was_run_in_it(tmp_path):
+    kept = Results(tmp_path / "results.json")
+    fit(tmp_path, [kept], trainer={"max_epochs": 4, "check_val_every_n_epoch": 2})
+    assert ["val/loss" in epoch for epoch in kept.epochs] == [False, True, False, True]
+
+
+def test_results_go_on_in_a_second_fit(tmp_path):
+    kept = Results(tmp_path / "results.json")
+    learner, trainer = fit(tmp_path, [kept], trainer={"max_epochs": 1})
+    first = kept.seconds
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(learner, datamodule=trainer.datamodule)
+    assert [epoch["epoch"] for epoch in kept.epochs] == [0, 1]
+    assert json.loads((tmp_path / "results.json").read_text())["seconds"] > first
+
+
+def test_results_tell_why_training_stopped(tmp_path):
+    class Fails(Callback):
+        def on_validation_end(self, *_):
+            raise ZeroDivisionError("by hand")
+
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, [Results(tmp_path / "results.json"), Fails()])
+    assert json.loads((tmp_path / "results.json").read_text())["stopped"] == "ZeroDivisionError: by hand"
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """A run with two epochs of ten mini-batches that logs every five, and what TensorBoard reads back of it."""
+    folder = tmp_path_factory.mktemp("watched")
+    logger = TensorBoardLogger(folder, name="tb", version="", default_hp_metric=False)
+    learner, trainer = fit(folder, [Watch(num_images=3)], logger, trainer={"log_every_n_steps": 5})
+    logger.finalize("success")
+    events = EventAccumulator(str(folder / "tb"))
+    events.Reload()
+    return learner, trainer, events
+
+
+def test_tensorboard_has_the_tags_that_are_promised(watched):
+    _, _, events = watched
+    tags = events.Tags()
+    assert set(tags["scalars"]) == {
+        "epoch",
+        "train/loss",
+        "train/loss_step",
+        "val/loss",
+        "val/accuracy",
+        "lr/alice",
+        "lr/bob",
+        "grad_norm/alice",
+        "grad_norm/bob",
+        "bytes/alice0->bob/activation",
+        "bytes/bob->alice0/gradient",
+    }
+    assert tags["histograms"] == ["smashed/alice->bob"]
+    assert tags["images"] == ["inputs above what crosses"]
+
+
+def test_tensorboard_has_the_values_of_a_hand_loop(watched):
+    _, trainer, events = watched
+    means, norms = epoch_losses(trainer.datamodule, 2)
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(means)
+    for role, expected in zip(("alice", "bob"), zip(*norms, strict=True), strict=True):
+        found = events.Scalars(f"grad_norm/{role}")
+        assert [event.step for event in found] == [5, 10, 15, 20]
+        assert [event.value for event in found] == pytest.approx(list(expected[4::5]), rel=1e-5)
+    assert [event.value for event in events.Scalars("lr/bob")] == [pytest.approx(0.1)] * 4
+    rows = [20, 39, 59, 78]
+    assert [event.value for event in events.Scalars("bytes/bob->alice0/gradient")] == [40 * n for n in rows]
+
+
+def test_tensorboard_has_what_crosses(watched):
+    learner, trainer, events = watched
+    tape, _ = learner.network.look(trainer.datamodule.sample(3))
+    histogram = events.Histograms("smashed/alice->bob")[-1].histogram_value
+    assert histogram.num == tape[0].received.numel() == 3 * 10
+    assert histogram.sum == pytest.approx(float(tape[0].received.double().sum()))
+    image = events.Images("inputs above what crosses")[-1]
+    assert (image.height, image.width) == (2 * 68, 2 + 3 * 66)
+
+
+def test_the_loss_of_a_step_is_that_of_its_mini_batch(tmp_path):
+    def losses(length):
+        recorder = Recorder()
+        fit(tmp_path, [Watch()], recorder, trainer={"log_every_n_steps": 5}, steps_per_execution=length)
+        return [(step, m["train/loss_step"]) for step, m in recorder.logged if "train/loss_step" in m]
+
+    assert losses(50) == losses(1)
+    assert [step for step, _ in losses(50)] == [5, 10, 15, 20]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
+def test_watching_changes_nothing(tmp_path, precision):
+    settings = {"precision": precision, "log_every_n_steps": 5}
+    logger = TensorBoardLogger(tmp_path, name="tb")
+    watched = end_state(*fit(tmp_path, [Watch()], logger, trainer=settings))
+    assert difference(watched, end_state(*fit(tmp_path, trainer=settings))) == []
+
+
+def test_every_cut_and_every_field_of_the_input_is_drawn(tmp_path):
+    layout = vertical(BLOCKS[1:], 1, num_alices=2)
+    x, y = torch.rand(20, 1, 4, 6), torch.arange(20) % 3
+    data = SplitData(Source(TensorDataset(x, y), None, 3), layout.takers(2), 2, batch_size=4, seed=0)
+    model = nn.Sequential()
+    model.add_module("block2", nn.Sequential(nn.Flatten(), nn.Linear(12, 5)))
+    model.add_module("block3", nn.Linear(10, 7))
+    model.add_module("head", nn.Linear(7, 3))
+    logger = TensorBoardLogger(tmp_path, name="tb", version="")
+    fit(tmp_path, [Watch(2)], logger, data, layout, model=model, trainer={"max_epochs": 1})
+    logger.finalize("success")
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert events.Tags()["histograms"] == ["smashed/alice0->bob", "smashed/alice1->bob"]
+    image = events.Images("inputs above what crosses")[0]
+    assert (image.height, image.width) == (4 * 68, 2 + 2 * 66)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 3, 8, 8), (2, 7, 4, 4), (2, 1, 28, 28), (2, 6, 10)])
+def test_whatever_crosses_is_drawn_as_a_strip_of_pictures(shape):
+    strip = _strip(torch.rand(shape))
+    assert strip.shape == (3, 68, 2 + 2 * 66)
+    assert 0 <= float(strip.min()) <= float(strip.max()) <= 1
+
+
+def test_watching_needs_no_data_module_and_no_tensorboard(tmp_path):
+    recorder = Recorder()
+    fit(tmp_path, [Watch()], recorder, trainer={"log_every_n_steps": 10})
+    assert "grad_norm/alice" in dict(recorder.logged[0][1])
+    fit(tmp_path, [Watch()], trainer={"log_every_n_steps": 0})
+
+
+class Counts(Callback):
+    """Notes where the bar stands whenever a stretch ends."""
+
+    content_with_stretches = True
+
+    def __init__(self) -> None:
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        bar = trainer.progress_bar_callback.train_progress_bar
+        self.seen.append((bar.n, bar.total))
+
+
+@pytest.mark.parametrize(
+    ("length", "seen"),
+    [(7, [(7, 10), (10, 10)] * 2), (50, [(10, 10)] * 2), (1, [(n, 10) for n in range(1, 11)] * 2)],
+)
+def test_the_bar_counts_mini_batches(tmp_path, capfd, length, seen):
+    counts = Counts()
+    settings = {"enable_progress_bar": True}
+    learner, _ = fit(tmp_path, [ProgressBar(), counts], steps_per_execution=length, trainer=settings)
+    assert counts.seen == seen
+    assert f"loss={learner.mean_loss:.3f}" in "".join(capfd.readouterr())
+
+
+def test_the_bar_of_a_resumed_run_goes_on(tmp_path, capfd):
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
+    fit(tmp_path, [saver])
+    counts, data = Counts(), make_data(val_rows=6)
+    trainer = make_trainer(tmp_path, [ProgressBar(), counts], enable_progress_bar=True)
+    trainer.fit(make_learner(data), datamodule=data, ckpt_path=tmp_path / "step=4.ckpt")
+    assert counts.seen == [(10, 10)] * 2

@@ -1,0 +1,78 @@
+"""The layers of the package: a file imports only from those before its own."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import splitlearn
+
+SRC = Path(splitlearn.__file__).parent
+LAYERS = [
+    *("seeds", "errors", "layout", "ledger"),
+    *("models.layers", "models.lenet", "models.mlp", "models.resnet", "models.vgg", "models"),
+    *("wire", "cut", "network"),
+    *("partition", "sharing", "schedule"),
+    *("pace", "data.augment", "data.sources", "data.rows", "data.loader", "data.module", "data"),
+    *("optimizers", "learner"),
+    *("drawing", "callbacks"),
+    *("engines", "engines.simulated"),
+    "train",
+]
+LIGHTNING = ("pace", "data", "optimizers", "learner", "callbacks", "attacks", "engines", "train")
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {module_of(path): path for path in sorted(SRC.rglob("*.py")) if path != SRC / "__init__.py"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, wherever in it; `from a import b` is `a.b` where that is a file, else `a`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full.removeprefix("splitlearn.") in FILES else str(node.module)
+
+
+def outside(prefix: str, allowed: tuple[str, ...]) -> list[str]:
+    """The files that import `prefix` or what is below it, but are not among `allowed`."""
+    importing = [name for name, path in FILES.items() if any(f"{i}.".startswith(f"{prefix}.") for i in imports(path))]
+    assert importing, f"nothing imports {prefix}"
+    return [name for name in importing if not any(f"{name}.".startswith(f"{layer}.") for layer in allowed)]
+
+
+def test_every_file_has_its_layer():
+    assert sorted(LAYERS) == sorted(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_only_from_the_layers_before_its_own(name):
+    own = [i.removeprefix("splitlearn.") for i in imports(FILES[name]) if i.startswith("splitlearn.")]
+    assert [i for i in own if LAYERS.index(i) >= LAYERS.index(name)] == []
+
+
+@pytest.mark.parametrize("package", ["hydra", "omegaconf"])
+def test_only_the_entry_point_sees_configurations(package):
+    assert outside(package, ("train",)) == []
+
+
+def test_lightning_stays_out_of_the_crossing():
+    assert outside("pytorch_lightning", LIGHTNING) == []
+
+
+def test_torch_distributed_is_only_where_processes_are():
+    named = [name for name, path in FILES.items() if "torch.distributed" in path.read_text()]
+    assert set(named) <= {"wire", "engines.processes"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_file_outgrows_its_word(name):
+    assert len(FILES[name].read_text().splitlines()) <= 250
