@@ -225,6 +225,24 @@ def test_a_damaged_checkpoint_is_refused_by_name(content, configure, tmp_path):
         train(configure("logger=none", f"ckpt={damaged}"))
 
 
+class Mischief:
+    """Runs when it is unpickled."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self):
+        return Path.touch, (self.made,)
+
+
+def test_a_checkpoint_runs_no_code(configure, tmp_path):
+    sent, made = tmp_path / "sent.ckpt", tmp_path / "made"
+    torch.save({"splitlearn": Mischief(made)}, sent)
+    with refuses(InputError, f"`ckpt` (={sent}) cannot be read"):
+        train(configure("logger=none", f"ckpt={sent}"))
+    assert not made.exists()
+
+
 def test_a_checkpoint_of_something_else_is_refused_by_name(configure, tmp_path):
     foreign = tmp_path / "foreign.ckpt"
     torch.save({"state_dict": {}}, foreign)
