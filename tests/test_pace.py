@@ -208,7 +208,6 @@ def test_callbacks_hear_what_lightning_tells_them_of_an_ordinary_module(tmp_path
     train_plain(tmp_path / "plain", [lambda: reference], val_check_interval=3)
     train_split(tmp_path / "split", 50, [lambda: listener], layout=WHOLE, val_check_interval=3)
     assert len(reference.heard) == 20 * len(hooks)
-    # Erasing comes before the forward pass here, after it in Lightning.
     assert listener.heard == reference.heard
 
 
@@ -227,11 +226,11 @@ class Looks(Callback):
         self.seen = []
 
     def on_train_batch_start(self, trainer, learner, batch, batch_idx) -> None:
-        ((turns),) = batch
+        (turns,) = batch
         self.seen.append((batch_idx, turns["alice0"].number, turns["alice0"].ids.tolist()))
 
     def on_train_batch_end(self, trainer, learner, outputs, batch, batch_idx) -> None:
-        ((turns),) = batch
+        (turns,) = batch
         self.seen.append((batch_idx, turns["alice0"].number, turns["alice0"].ids.tolist()))
 
 
@@ -251,7 +250,7 @@ def test_a_subclass_of_the_learner_can_look_into_every_mini_batch(tmp_path):
         seen: list = []
 
         def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
-            ((turns),) = batch
+            (turns,) = batch
             self.seen.append((batch_idx, turns["alice0"].number, turns["alice0"].ids.tolist()))
 
     _, trainer, _ = train_split(tmp_path, 50, kind=Looking)

@@ -1,4 +1,4 @@
-"""The loops that splitlearn is measured against. Each is a generator that trains one mini-batch per `next`, for ever."""
+"""The loops that splitlearn is measured against: generators that train one mini-batch per `next`, for ever."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCH_SIZE, LR = 64, 0.03
 
 
 def images() -> tuple[Tensor, Tensor]:
-    """MNIST's 60,000 training images [N, 28, 28] uint8 and labels [N]; random ones of that shape where it is not at hand."""
+    """MNIST's 60,000 training images [N, 28, 28] uint8 and labels [N], or random ones where it is not at hand."""
     root = Path(os.environ.get("SPLITLEARN_DATA", "data"))
     if (root / "MNIST" / "raw").is_dir():
         mnist = MNIST(root)

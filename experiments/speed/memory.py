@@ -1,6 +1,6 @@
 """How much memory a run takes: splitlearn through Lightning, and the unsplit network by hand, a process each.
 
-    python experiments/speed/memory.py
+python experiments/speed/memory.py
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 All three train the tutorial's network (784-128-640-10, SGD, batch 64) on 60,000 images, in one process, and take turns
 every 50 mini-batches, since a shared machine changes its speed from second to second. splitlearn runs as
-`+experiment=mnist_2party` does, with logger, progress bar, checkpoints and all. A ratio is the median over the epochs of
-the ratio of their sums, so that what happens once an epoch counts; the first epoch warms up.
+`+experiment=mnist_2party` does, with logger, progress bar, checkpoints and all. A ratio is the median over the epochs
+of the ratio of their sums, so that what happens once an epoch counts; the first epoch warms up.
 """
 
 from __future__ import annotations

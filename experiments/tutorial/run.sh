@@ -4,6 +4,8 @@ set -eu
 here=$(dirname "$0")
 run=outputs/tutorial
 
+# Beside an older last.ckpt Lightning writes last-v1.ckpt, and the figure would show the older one.
+rm -rf "$run"
 python "$here/by_hand.py" --results "$here/results/by_hand.json"
 # On the CPU, where the loop by hand runs: another device adds in another order and gives other last bits.
 python -m splitlearn.train +experiment=mnist_2party trainer.accelerator=cpu hydra.run.dir="$run"

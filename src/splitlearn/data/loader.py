@@ -1,4 +1,4 @@
-"""The order in which rows are trained on: a function of (seed, taker, epoch), so a resumed run goes on in the middle."""
+"""The order in which rows are trained on: a function of (seed, taker, epoch), so that a run can go on in the middle."""
 
 from __future__ import annotations
 
