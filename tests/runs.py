@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from helpers import BLOCKS, SEED, SGD, Unsplit, make_rows, net
+from helpers import BLOCKS, SEED, SGD, Unsplit, make_rows, net, run_blocks
 from pytorch_lightning.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from splitlearn.callbacks import Results
 from splitlearn.data import Source, SplitData
 from splitlearn.data.loader import EvalLoader, TurnLoader
 from splitlearn.engines.simulated import SafeCheckpointIO
@@ -136,6 +138,51 @@ class PlainEval:
 def fit_plain(module: Plain, data: SplitData, trainer: pl.Trainer) -> None:
     val = PlainEval(EvalLoader(data.rows, data.val_ids, data.eval_batch_size, torch.device("cpu")))
     trainer.fit(module, PlainTurns(module, data), val if len(data.val_ids) else None)
+
+
+def by_hand(makers=(SGD, SGD), clip=None, autocast=nullcontext, scaler=None, model=None, data=None):
+    """Two epochs of the network in one piece, with an optimizer for the first two blocks and one for the rest.
+
+    Return the weights, and the scale of gradients behind each mini-batch.
+    """
+    data, model = data or make_data(), model or net()
+    owned = [*model[:2].parameters()], [*model[2:].parameters()]
+    parts = [(make(params), params) for make, params in zip(makers, owned, strict=True) if make is not None]
+    scales = []
+    for epoch in range(2):
+        for x, y, number in batches_of(data, epoch):
+            model.zero_grad()
+            with autocast():
+                loss = nn.functional.cross_entropy(run_blocks(model.named_children(), x, number), y)
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            for optimizer, params in parts:
+                if scaler is not None:
+                    scaler.unscale_(optimizer)
+                if clip is not None:
+                    clip(params)
+                optimizer.step() if scaler is None else scaler.step(optimizer)
+            if scaler is not None:
+                scaler.update()
+                scales.append(scaler.get_scale())
+    return list(model.state_dict().values()), scales
+
+
+def train_plain(folder, callbacks=(), **trainer):
+    """Train the ordinary module, with callbacks that are made here. Return it, its trainer, and what was logged."""
+    module, recorder = Plain(), Recorder()
+    lightning = make_trainer(folder, [make() for make in callbacks], recorder, log_every_n_steps=4, **trainer)
+    fit_plain(module, make_data(val_rows=6), lightning)
+    return module, lightning, recorder.logged
+
+
+def train_split(folder, length, callbacks=(), layout=TWO_PARTY, kind=SplitLearner, **trainer):
+    """The same with a SplitLearner, in stretches of `length`, and with results.json."""
+    data = make_data(val_rows=6, layout=layout)
+    learner, recorder = make_learner(data, layout, kind=kind, steps_per_execution=length), Recorder()
+    callbacks = [Results(folder / "results.json"), *(make() for make in callbacks)]
+    lightning = make_trainer(folder, callbacks, recorder, log_every_n_steps=4, **trainer)
+    lightning.fit(learner, datamodule=data)
+    return learner, lightning, recorder.logged
 
 
 def weights(module: pl.LightningModule) -> list[Tensor]:

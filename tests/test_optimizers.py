@@ -1,17 +1,15 @@
-"""Each role's optimizer steps as a hand-written loop would, with clipping, schedulers and half precision."""
+"""Each role's optimizer steps as a hand-written loop would, with clipping and schedulers."""
 
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
-from helpers import ADAM, BLOCKS, SGD, make_rows, net, run_blocks
+from helpers import ADAM, BLOCKS, SGD, make_rows, net
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.plugins.precision import MixedPrecision
 from runs import (
     TWO_PARTY,
     Plain,
-    batches_of,
+    by_hand,
     difference,
     fit_plain,
     make_data,
@@ -37,30 +35,6 @@ def fit(folder, data=None, model=None, layout=TWO_PARTY, trainer=None, **learner
     lightning = make_trainer(folder, **(trainer or {}))
     lightning.fit(trained, datamodule=data)
     return trained, lightning
-
-
-def by_hand(makers=(SGD, SGD), clip=None, autocast=nullcontext, scaler=None, model=None, data=None):
-    """The network in one piece, with an optimizer for the first two blocks and one for the rest."""
-    data, model = data or make_data(), model or net()
-    owned = [*model[:2].parameters()], [*model[2:].parameters()]
-    parts = [(make(params), params) for make, params in zip(makers, owned, strict=True) if make is not None]
-    scales = []
-    for epoch in range(2):
-        for x, y, number in batches_of(data, epoch):
-            model.zero_grad()
-            with autocast():
-                loss = nn.functional.cross_entropy(run_blocks(model.named_children(), x, number), y)
-            (loss if scaler is None else scaler.scale(loss)).backward()
-            for optimizer, params in parts:
-                if scaler is not None:
-                    scaler.unscale_(optimizer)
-                if clip is not None:
-                    clip(params)
-                optimizer.step() if scaler is None else scaler.step(optimizer)
-            if scaler is not None:
-                scaler.update()
-                scales.append(scaler.get_scale())
-    return list(model.state_dict().values()), scales
 
 
 CLIPS = {
@@ -159,103 +133,6 @@ def test_a_plateau_follows_the_metric_it_is_told(tmp_path):
         InputError, match=r"`scheduler.monitor` \(=val/loss\) is not measured: choose one of train/loss"
     ):
         fit(tmp_path, scheduler=PLATEAU)
-
-
-BFLOAT16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
-FLOAT16 = partial(torch.autocast, "cpu", dtype=torch.float16)
-
-
-class Caching(MixedPrecision):
-    """Keeps autocast's copies of the weights for a whole training step, as Lightning 2.5 does."""
-
-    def autocast_context_manager(self):
-        return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=True)
-
-
-@pytest.mark.parametrize("length", [1, 50])
-@pytest.mark.parametrize("plugin", [MixedPrecision, Caching])
-def test_bf16_equals_a_hand_loop_under_autocast(tmp_path, length, plugin):
-    precision = {"plugins": [plugin("bf16-mixed", "cpu")]}
-    learner, _ = fit(tmp_path, steps_per_execution=length, trainer=precision)
-    expected, _ = by_hand(autocast=BFLOAT16)
-    assert difference(weights(learner), expected) == []
-    assert difference(expected, by_hand()[0]) != []
-    smashed = 2 * 39 * 10 * 2  # epochs x rows x elements behind block2 x bytes
-    assert learner.ledger.table() == {"alice0->bob": {"activation": smashed}, "bob->alice0": {"gradient": smashed}}
-
-
-def test_bf16_is_asked_for_by_name(tmp_path):
-    learner, _ = fit(tmp_path, trainer={"precision": "bf16-mixed"})
-    assert difference(weights(learner), by_hand(autocast=BFLOAT16)[0]) == []
-
-
-def test_64_true_trains_in_double(tmp_path):
-    learner, _ = fit(tmp_path, trainer={"precision": "64-true"})
-    data = make_data()
-    data.rows.fields["x"] = make_rows(39)[0].double()
-    assert difference(weights(learner), by_hand(model=net().double(), data=data)[0]) == []
-    assert learner.ledger.table()["alice0->bob"] == {"activation": 2 * 39 * 10 * 8}
-
-
-def make_scaler():
-    """Starts so high that the first gradients are infinite, and doubles after two good steps."""
-    return torch.amp.GradScaler("cpu", init_scale=2.0**21, growth_interval=2)
-
-
-class Scales(Callback):
-    def __init__(self) -> None:
-        self.scales = []
-
-    def on_before_zero_grad(self, trainer, learner, optimizer) -> None:
-        if optimizer is trainer.optimizers[0]:
-            self.scales.append(learner.stepper.scaler.get_scale())
-
-
-@pytest.mark.parametrize(("length", "clip", "make"), [(1, None, SGD), (50, 0.1, SGD), (50, None, ADAM)])
-def test_16_mixed_scales_like_a_hand_loop_with_one_scaler(tmp_path, length, clip, make):
-    scales, precision = Scales(), MixedPrecision("16-mixed", "cpu", scaler=make_scaler())
-    learner, _ = fit(
-        tmp_path,
-        make=make,
-        steps_per_execution=length,
-        gradient_clip_val=clip,
-        trainer={"plugins": [precision], "callbacks": [scales]},
-    )
-    norm = None if clip is None else CLIPS["norm"]
-    expected, updated = by_hand((make, make), clip=norm, autocast=FLOAT16, scaler=make_scaler())
-    assert difference(weights(learner), expected) == []
-    assert scales.scales == [2.0**21, *updated[:-1]]
-    assert learner.stepper.scaler.get_scale() == updated[-1]
-    halved = [after < before for before, after in zip(scales.scales, updated, strict=True)]
-    assert halved[0]  # a step was skipped ...
-    assert not all(halved)  # ... and not every one
-    assert learner.ledger.table()["bob->alice0"] == {"gradient": 2 * 39 * 10 * 2}
-
-
-def test_a_skipped_step_changes_no_weight(tmp_path):
-    precision = MixedPrecision("16-mixed", "cpu", scaler=make_scaler())
-    learner, _ = fit(tmp_path, trainer={"plugins": [precision], "max_steps": 1})
-    initial = dict(net().named_parameters())
-    trained = {name.split(".", 2)[2]: p for name, p in learner.network.named_parameters()}
-    assert difference({n: p.data for n, p in trained.items()}, {n: p.data for n, p in initial.items()}) == []
-
-
-@pytest.mark.parametrize("length", [1, 50])
-def test_the_hooks_see_scaled_losses_and_true_gradients(tmp_path, length):
-    class Sees(Callback):
-        losses, gradients = [], []
-
-        def on_before_backward(self, trainer, learner, loss) -> None:
-            self.losses.append(float(loss))
-
-        def on_before_optimizer_step(self, trainer, learner, optimizer) -> None:
-            self.gradients.append(max(float(p.grad.abs().max()) for p in optimizer.param_groups[0]["params"]))
-
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    precision, sees = MixedPrecision("16-mixed", "cpu", scaler=scaler), Sees()
-    fit(tmp_path, steps_per_execution=length, trainer={"plugins": [precision], "callbacks": [sees], "max_steps": 2})
-    assert all(100 < loss < 10_000 for loss in sees.losses[-2:])
-    assert all(0 < gradient < 10 for gradient in sees.gradients[-4:])
 
 
 def test_what_cannot_be_made_is_refused_before_training():

@@ -4,15 +4,12 @@ The reference is `runs.Plain`, a LightningModule with automatic optimization and
 Lightning itself on the same mini-batches. What only a split run leaves is compared between lengths of stretches.
 """
 
-from collections import Counter
-
 import pytest
 import pytorch_lightning as pl
 import torch
 from helpers import BLOCKS
 from pytorch_lightning.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from runs import (
-    TWO_PARTY,
     Plain,
     Recorder,
     difference,
@@ -23,11 +20,13 @@ from runs import (
     make_trainer,
     results,
     saved,
+    train_plain,
+    train_split,
     weights,
 )
 
 from splitlearn import pace
-from splitlearn.callbacks import Interrupt, ProgressBar, Results, Watch
+from splitlearn.callbacks import Interrupt, ProgressBar, Watch
 from splitlearn.layout import whole
 from splitlearn.learner import SplitLearner
 
@@ -79,22 +78,6 @@ SCENARIOS = {
     "stopped in mid-stretch after min_epochs": ({"min_epochs": 2}, [lambda: StopAt(4)], (20, 2)),
     "stopped in mid-stretch after min_steps": ({"min_steps": 13}, [lambda: StopAt(4)], (13, 2)),
 }
-
-
-def train_plain(folder, callbacks=(), **trainer):
-    module, recorder = Plain(), Recorder()
-    lightning = make_trainer(folder, [make() for make in callbacks], recorder, log_every_n_steps=4, **trainer)
-    fit_plain(module, make_data(val_rows=6), lightning)
-    return module, lightning, recorder.logged
-
-
-def train_split(folder, length, callbacks=(), layout=TWO_PARTY, kind=SplitLearner, **trainer):
-    data = make_data(val_rows=6, layout=layout)
-    learner, recorder = make_learner(data, layout, kind=kind, steps_per_execution=length), Recorder()
-    callbacks = [Results(folder / "results.json"), *(make() for make in callbacks)]
-    lightning = make_trainer(folder, callbacks, recorder, log_every_n_steps=4, **trainer)
-    lightning.fit(learner, datamodule=data)
-    return learner, lightning, recorder.logged
 
 
 def validations(logged):
@@ -182,99 +165,6 @@ def test_max_time_stops_at_the_end_of_a_stretch(tmp_path, monkeypatch):
     monkeypatch.setattr(pace, "LONGEST_SECONDS", 0.0)
     _, trainer, _ = train_split(tmp_path, 50, max_time={"microseconds": 1})
     assert trainer.global_step == 1
-
-
-def make_listener(*hooks, names=None):
-    """A callback that notes each call of `hooks` and where it finds the trainer."""
-
-    def note(hook):
-        def call(self, trainer, module, *args):
-            counts = trainer.fit_loop.batch_idx, trainer.fit_loop.total_batch_idx, trainer.is_last_batch
-            batch_idx = args[-1] if hook.startswith("on_train_batch") else None
-            self.heard.append((hook, trainer.global_step, trainer.current_epoch, batch_idx, *counts))
-
-        return call
-
-    return type("Listener", (Callback,), {"heard": [], **{hook: note(hook) for hook in hooks}})()
-
-
-INNER = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
-OUTER = ("on_train_batch_start", "on_train_batch_end")
-
-
-@pytest.mark.parametrize("hooks", [INNER, OUTER, INNER + OUTER], ids=["inner", "outer", "all"])
-def test_callbacks_hear_what_lightning_tells_them_of_an_ordinary_module(tmp_path, hooks):
-    reference, listener = make_listener(*hooks), make_listener(*hooks)
-    train_plain(tmp_path / "plain", [lambda: reference], val_check_interval=3)
-    train_split(tmp_path / "split", 50, [lambda: listener], layout=WHOLE, val_check_interval=3)
-    assert len(reference.heard) == 20 * len(hooks)
-    assert listener.heard == reference.heard
-
-
-def test_hooks_of_optimizers_are_called_once_for_each(tmp_path):
-    listener = make_listener(*INNER)
-    train_split(tmp_path, 50, [lambda: listener])
-    calls = Counter((hook, step) for hook, step, *_ in listener.heard)
-    per_optimizer = {(hook, step): 2 for hook in (INNER[0], INNER[3]) for step in range(20)}
-    assert calls == per_optimizer | {(hook, step): 1 for hook in INNER[1:3] for step in range(20)}
-
-
-class Looks(Callback):
-    """Looks into every mini-batch."""
-
-    def __init__(self) -> None:
-        self.seen = []
-
-    def on_train_batch_start(self, trainer, learner, batch, batch_idx) -> None:
-        (turns,) = batch
-        self.seen.append((batch_idx, turns["alice0"].number, turns["alice0"].ids.tolist()))
-
-    def on_train_batch_end(self, trainer, learner, outputs, batch, batch_idx) -> None:
-        (turns,) = batch
-        self.seen.append((batch_idx, turns["alice0"].number, turns["alice0"].ids.tolist()))
-
-
-def expected_views(loader):
-    numbered = [(epoch, i, step["alice0"].tolist()) for epoch in range(2) for i, step in enumerate(loader.steps(epoch))]
-    return [(i, (epoch, i), ids) for epoch, i, ids in numbered for _ in range(2)]
-
-
-def test_a_callback_can_look_into_every_mini_batch(tmp_path):
-    looks = Looks()
-    _, trainer, _ = train_split(tmp_path, 50, [lambda: looks])
-    assert looks.seen == expected_views(trainer.train_dataloader)
-
-
-def test_a_subclass_of_the_learner_can_look_into_every_mini_batch(tmp_path):
-    class Looking(SplitLearner):
-        seen: list = []
-
-        def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
-            (turns,) = batch
-            self.seen.append((batch_idx, turns["alice0"].number, turns["alice0"].ids.tolist()))
-
-    _, trainer, _ = train_split(tmp_path, 50, kind=Looking)
-    assert Looking.seen == expected_views(trainer.train_dataloader)[::2]
-
-
-def test_a_metric_logged_inside_a_stretch_is_reduced_as_in_an_ordinary_module(tmp_path):
-    """Lightning weighs it by the size of the batch, which it finds by iterating over the batch."""
-
-    class Logs(Callback):
-        def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
-            module.log("seen", float(trainer.global_step), on_step=True, on_epoch=True)
-
-    _, _, reference = train_plain(tmp_path / "plain", [Logs])
-    expected = [(step, {k: v for k, v in m.items() if "seen" in k}) for step, m in reference]
-    expected = [(step, m) for step, m in expected if m]
-    assert [m["seen_epoch"] for _, m in expected if "seen_epoch" in m] == [
-        pytest.approx((4 * sum(range(9)) + 3 * 9) / 39),
-        pytest.approx((4 * sum(range(10, 19)) + 3 * 19) / 39),
-    ]
-    for length in LENGTHS:
-        _, _, logged = train_split(tmp_path / str(length), length, [Logs], layout=WHOLE)
-        found = [(step, {k: v for k, v in m.items() if "seen" in k}) for step, m in logged]
-        assert [(step, m) for step, m in found if m] == expected
 
 
 @pytest.mark.parametrize("interval", ["step", "epoch"])

@@ -3,11 +3,7 @@
 Every resumed run has new objects only; it shares nothing with the first one but the checkpoint.
 """
 
-import os
-import signal
-import threading
 from functools import partial
-from itertools import count
 
 import pytest
 import torch
@@ -27,7 +23,7 @@ from runs import (
 )
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
-from splitlearn.callbacks import Interrupt, Results
+from splitlearn.callbacks import Results
 from splitlearn.errors import InputError
 from splitlearn.layout import two_party, u_shaped
 
@@ -213,100 +209,3 @@ def test_testing_a_checkpoint_leaves_the_counts_of_training_alone(tmp_path):
         difference(weights(learner), list(torch.load(tmp_path / "end0.ckpt", weights_only=True)["state_dict"].values()))
         == []
     )
-
-
-class Presses(Callback):
-    """Presses Ctrl-C in the `nth` call of a hook, `times` times."""
-
-    def __init__(self, hook: str, nth: int, times: int = 1) -> None:
-        self.calls, self.nth, self.times = count(1), nth, times
-        setattr(self, hook, self.press)
-
-    def press(self, *args) -> None:
-        if next(self.calls) == self.nth:
-            for _ in range(self.times):
-                os.kill(os.getpid(), signal.SIGINT)
-
-
-INTERRUPTED = {
-    "in a stretch": ("on_before_backward", 2),
-    "at the end of a stretch": ("on_before_backward", 4),
-    "in the last stretch of an epoch": ("on_after_backward", 10),
-    "in the second epoch": ("on_after_backward", 13),
-    "in a validation": ("on_validation_batch_end", 1),
-    "at the end of a validation": ("on_validation_end", 2),
-    "in the last validation of the epoch": ("on_validation_batch_start", 4),
-    "in the last validation": ("on_validation_start", 4),
-    "between epochs": ("on_train_epoch_end", 1),
-    "at the end": ("on_train_epoch_end", 2),
-}
-
-
-@pytest.mark.parametrize(("hook", "nth"), INTERRUPTED.values(), ids=INTERRUPTED)
-def test_ctrl_c_leaves_what_is_needed_to_go_on(tmp_path, hook, nth):
-    case = {"make": ADAM, "num_alices": 5, "scheduler": PLATEAU, "trainer": {"val_check_interval": 5}}
-    whole, _ = run(tmp_path / "whole", **case)
-    handler, ckpt = signal.getsignal(signal.SIGINT), tmp_path / "interrupted.ckpt"
-    with pytest.raises(SystemExit):
-        interrupted(tmp_path / "first", [Interrupt(ckpt), Presses(hook, nth)])
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert results(tmp_path / "first")["stopped"].startswith("KeyboardInterrupt")
-    resumed, _ = run(tmp_path / "second", ckpt, **case)
-    assert difference(resumed, whole) == []
-
-
-def interrupted(folder, callbacks, val_check_interval=5):
-    data = make_data(val_rows=6, num_alices=5)
-    learner = make_learner(data, make=ADAM, scheduler=PLATEAU)
-    kept = Results(folder / "results.json")
-    trainer = make_trainer(folder, [kept, *callbacks], val_check_interval=val_check_interval)
-    trainer.fit(learner, datamodule=data)
-    return trainer
-
-
-def test_ctrl_c_ends_training(tmp_path):
-    ckpt = tmp_path / "interrupted.ckpt"
-    with pytest.raises(SystemExit):
-        interrupted(tmp_path, [Interrupt(ckpt), Presses("on_before_backward", 2)])
-    assert torch.load(ckpt, weights_only=True)["global_step"] == 5  # a stretch ends before validation
-    assert results(tmp_path)["epochs"] == []
-
-
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    handler, ckpt, stepped = signal.getsignal(signal.SIGINT), tmp_path / "interrupted.ckpt", count()
-    watch = Presses("on_before_zero_grad", 3, times=2)
-    watch.on_after_backward = lambda *_: next(stepped)
-    with pytest.raises(SystemExit):
-        interrupted(tmp_path, [Interrupt(ckpt), watch])
-    assert next(stepped) == 1  # mini-batches that were trained: there are two optimizers to erase for
-    assert not ckpt.exists()
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert results(tmp_path)["stopped"].startswith("KeyboardInterrupt")
-
-
-def test_the_handler_of_ctrl_c_is_put_back(tmp_path):
-    def mine(number, frame):
-        raise AssertionError
-
-    class Fails(Callback):
-        def on_train_epoch_end(self, *_):
-            assert signal.getsignal(signal.SIGINT) is not mine
-            raise ZeroDivisionError
-
-    before = signal.signal(signal.SIGINT, mine)
-    try:
-        interrupted(tmp_path, [Interrupt(tmp_path / "x")])
-        assert signal.getsignal(signal.SIGINT) is mine
-        with pytest.raises(ZeroDivisionError):
-            interrupted(tmp_path, [Interrupt(tmp_path / "x"), Fails()])
-        assert signal.getsignal(signal.SIGINT) is mine
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_training_outside_the_main_thread_leaves_signals_alone(tmp_path):
-    trainers = []
-    thread = threading.Thread(target=lambda: trainers.append(interrupted(tmp_path, [Interrupt(tmp_path / "x")])))
-    thread.start()
-    thread.join()
-    assert trainers[0].global_step == 20

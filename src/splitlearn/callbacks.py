@@ -38,6 +38,11 @@ class ProgressBar(TQDMProgressBar):
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.fit_loop.batch_idx)
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if isinstance(pl_module, SplitLearner):
+            self.print(f"Epoch {trainer.current_epoch} - Training loss: {pl_module.mean_loss}")
+
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         return {**metrics, "loss": f"{pl_module.mean_loss:.3f}"} if isinstance(pl_module, SplitLearner) else metrics
@@ -108,7 +113,7 @@ class Results(Callback):
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(".json.tmp")
-        unfinished.write_text(json.dumps(results, indent=2) + "\n")
+        unfinished.write_text(json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
         unfinished.replace(self.path)
 
     def state_dict(self) -> dict[str, Any]:
@@ -166,7 +171,7 @@ class Interrupt(Callback):
 class Watch(Callback):
     """Writes to TensorBoard what a split run has that others have not.
 
-    Every `log_every_n_steps` mini-batches the loss, and by role the learning rate and the gradient's norm, and the
+    Every `log_every_n_steps` mini-batches the loss, and by role the learning rate and the gradient's norm (after clipping), and the
     bytes so far by direction and kind; after every epoch a histogram of what crosses each cut, and a sheet of inputs
     beside it.
 
@@ -215,6 +220,15 @@ class Watch(Callback):
 
 def _measured(trainer: pl.Trainer, prefix: str) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: null stands for what is not a number."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _strip(value: Tensor) -> Tensor:

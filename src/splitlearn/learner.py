@@ -23,6 +23,8 @@ from splitlearn.optimizers import MakeOptimizer, Stepper, by_role
 from splitlearn.pace import Pace, Stretch, go_on
 from splitlearn.schedule import Sequential
 
+CURE = "lower `optimizer.lr` or set `trainer.gradient_clip_val`"
+
 
 class SplitLearner(pl.LightningModule):
     """Trains a split network, turn by turn, with one optimizer per role.
@@ -59,7 +61,7 @@ class SplitLearner(pl.LightningModule):
         steps_per_execution: int = 50,
     ) -> None:
         super().__init__()
-        _check_settings(interval, gradient_clip_val, gradient_clip_algorithm, steps_per_execution)
+        _check_settings(interval, gradient_clip_val, steps_per_execution)
         _check_loss(loss, network.sample_output, num_classes)
         self.network, self.layout, self.schedule, self.loss = network, network.layout, schedule, loss
         self.makers = by_role(network, optimizer, optimizers or {}, scheduler)
@@ -112,8 +114,9 @@ class SplitLearner(pl.LightningModule):
         return {
             "layout": self.layout.describe(),
             "model": ", ".join(f"{name} of {sum(p.numel() for p in block.parameters())}" for name, block in blocks),
-            "optimizer": ", ".join(f"{role}: {type(optimizer).__name__}" for role, optimizer in made.items()),
+            "optimizer": ", ".join(f"{role}: {_options(optimizer)}" for role, optimizer in made.items()),
             "num_alices": str(len(self.schedule.takers)),
+            "data": getattr(self.trainer.datamodule, "kind", "unknown"),  # type: ignore[attr-defined]
         }
 
     def configure_optimizers(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -150,6 +153,8 @@ class SplitLearner(pl.LightningModule):
     on_test_start, on_test_end = on_validation_start, on_validation_end
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters()):
+            raise DivergedError(f"weights are not finite after {self.trainer.global_step} mini-batches: {CURE}")
         checkpoint["splitlearn"] = {
             "kind": self.kind,
             "schedule": self.schedule.state_dict(),
@@ -186,8 +191,11 @@ class SplitLearner(pl.LightningModule):
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         output, labels, _ = self.network(batch, self.layout.cast(self.schedule.holder))
+        loss = self.loss(output, labels)
+        if not torch.isfinite(loss):
+            raise DivergedError(f"{stage}/loss is {loss.item()} after {self.trainer.global_step} mini-batches: {CURE}")
         self.accuracy(output, labels)
-        self.log(f"{stage}/loss", self.loss(output, labels), batch_size=len(labels), prog_bar=True)
+        self.log(f"{stage}/loss", loss, batch_size=len(labels), prog_bar=True)
         self.log(f"{stage}/accuracy", self.accuracy, prog_bar=True, on_epoch=True, on_step=False)
 
     def _add_up(self, losses: list[tuple[Party, Batch, Tensor]]) -> None:
@@ -197,22 +205,24 @@ class SplitLearner(pl.LightningModule):
             if not math.isfinite(value):
                 raise DivergedError(
                     f"the loss is {value} in the turn of {alice} at epoch {batch.number[0]}, mini-batch "
-                    f"{batch.number[1]}: lower `optimizer.lr` or set `trainer.gradient_clip_val`"
+                    f"{batch.number[1]}: {CURE}"
                 )
             self.loss_sum += value * len(batch.ids)
             self.num_rows += len(batch.ids)
         self.last_loss = values[-1]
 
 
-def _check_settings(interval: str, clip_val: float | None, clip_algorithm: str, steps_per_execution: int) -> None:
+def _options(optimizer: Optimizer) -> str:
+    return f"{type(optimizer).__name__}({', '.join(f'{name}={value}' for name, value in optimizer.defaults.items())})"
+
+
+def _check_settings(interval: str, clip_val: float | None, steps_per_execution: int) -> None:
     if interval not in ("epoch", "step"):
         raise ValueError(f"`scheduler.interval` (={interval}) must be epoch or step")
     if steps_per_execution < 1:
         raise ValueError(f"`steps_per_execution` (={steps_per_execution}) must be at least 1")
     if clip_val is not None and clip_val < 0:
         raise ValueError(f"`trainer.gradient_clip_val` (={clip_val}) must not be negative; null clips nothing")
-    if clip_algorithm not in ("norm", "value"):
-        raise ValueError(f"`trainer.gradient_clip_algorithm` (={clip_algorithm}) must be norm or value")
 
 
 def _check_loss(loss: nn.Module, output: Tensor, num_classes: int) -> None:

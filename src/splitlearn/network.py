@@ -60,6 +60,7 @@ class Segment(nn.Sequential):
         drawing = set()
         for i, (name, block) in enumerate(self.named_children()):
             torch.manual_seed(derive(self.seed, "weights", self.labels[name]))
+            modes = [(module, module.training) for module in block.modules()]
             try:
                 with torch.no_grad():
                     out = block.eval()(x)
@@ -69,7 +70,8 @@ class Segment(nn.Sequential):
                 raise ValueError(_misfit(name, x, error)) from error
             if not isinstance(out, Tensor):
                 raise ValueError(f"block `{name}` returns a {type(out).__name__}: every block must return one tensor")
-            block.train()
+            for module, training in modes:  # a batch norm that was put into eval mode stays there
+                module.training = training
             x = out
         self.drawing = frozenset(drawing)
         return x

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import hydra
 import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -95,6 +97,8 @@ def main(cfg: DictConfig) -> float | None:
     try:
         return train(cfg)
     except (InputError, DivergedError, MisconfigurationException) as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # Hydra goes on with the sweep, and fails at its end
+            raise
         sys.exit(f"splitlearn: {_one_line(error)}")
 
 

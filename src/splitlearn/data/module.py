@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import pytorch_lightning as pl
@@ -73,6 +74,14 @@ class SplitData(pl.LightningDataModule):
         for taker, shard in self.shards.items():
             if len(shard) == 0:
                 raise ValueError(f"`partition` gives {taker} no training row: take fewer Alices or another partition")
+
+    @property
+    def kind(self) -> str:
+        """What a checkpoint must share with the run that goes on from it: which rows are trained on, in which order."""
+        digest = blake2b(digest_size=4)
+        for ids in (self.val_ids, self.test_ids, *self.shards.values()):
+            digest.update(ids.numpy().tobytes())
+        return f"seed {self.seed}, batch size {self.batch_size}, {len(self.rows)} rows split as {digest.hexdigest()}"
 
     def sample(self, size: int = 2) -> Fields:
         """Return a few training rows, by which a network takes its shapes."""

@@ -1,0 +1,113 @@
+"""Ctrl-C leaves a checkpoint and results.json, and the run that goes on from them is the uninterrupted one."""
+
+import os
+import signal
+import threading
+from functools import partial
+from itertools import count
+
+import pytest
+import torch
+from helpers import ADAM
+from pytorch_lightning.callbacks import Callback
+from runs import difference, end_state, make_data, make_learner, make_trainer, results
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from splitlearn.callbacks import Interrupt, Results
+
+PLATEAU = partial(ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.1)
+
+
+def run(folder, callbacks=(), ckpt=None):
+    """Five Alices, ten mini-batches an epoch, a validation after every five."""
+    data = make_data(val_rows=6, num_alices=5)
+    learner = make_learner(data, make=ADAM, scheduler=PLATEAU)
+    trainer = make_trainer(folder, [Results(folder / "results.json"), *callbacks], val_check_interval=5)
+    trainer.fit(learner, datamodule=data, ckpt_path=ckpt)
+    return {**end_state(learner, trainer), "results": results(folder)}
+
+
+class Presses(Callback):
+    """Presses Ctrl-C in the `nth` call of a hook, `times` times."""
+
+    def __init__(self, hook: str, nth: int, times: int = 1) -> None:
+        self.calls, self.nth, self.times = count(1), nth, times
+        setattr(self, hook, self.press)
+
+    def press(self, *args) -> None:
+        if next(self.calls) == self.nth:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+INTERRUPTED = {
+    "in a stretch": ("on_before_backward", 2),
+    "at the end of a stretch": ("on_before_backward", 4),
+    "in the last stretch of an epoch": ("on_after_backward", 10),
+    "in the second epoch": ("on_after_backward", 13),
+    "in a validation": ("on_validation_batch_end", 1),
+    "at the end of a validation": ("on_validation_end", 2),
+    "in the last validation of the epoch": ("on_validation_batch_start", 4),
+    "in the last validation": ("on_validation_start", 4),
+    "between epochs": ("on_train_epoch_end", 1),
+    "at the end": ("on_train_epoch_end", 2),
+}
+
+
+@pytest.mark.parametrize(("hook", "nth"), INTERRUPTED.values(), ids=INTERRUPTED)
+def test_ctrl_c_leaves_what_is_needed_to_go_on(tmp_path, hook, nth):
+    whole = run(tmp_path / "whole")
+    handler, ckpt = signal.getsignal(signal.SIGINT), tmp_path / "interrupted.ckpt"
+    with pytest.raises(SystemExit):
+        run(tmp_path / "first", [Interrupt(ckpt), Presses(hook, nth)])
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert results(tmp_path / "first")["stopped"].startswith("KeyboardInterrupt")
+    assert difference(run(tmp_path / "second", ckpt=ckpt), whole) == []
+
+
+def test_ctrl_c_ends_training(tmp_path):
+    ckpt = tmp_path / "interrupted.ckpt"
+    with pytest.raises(SystemExit):
+        run(tmp_path, [Interrupt(ckpt), Presses("on_before_backward", 2)])
+    assert torch.load(ckpt, weights_only=True)["global_step"] == 5  # a stretch ends before validation
+    assert results(tmp_path)["epochs"] == []
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    handler, ckpt, stepped = signal.getsignal(signal.SIGINT), tmp_path / "interrupted.ckpt", count()
+    watch = Presses("on_before_zero_grad", 3, times=2)
+    watch.on_after_backward = lambda *_: next(stepped)
+    with pytest.raises(SystemExit):
+        run(tmp_path, [Interrupt(ckpt), watch])
+    assert next(stepped) == 1  # mini-batches that were trained: there are two optimizers to erase for
+    assert not ckpt.exists()
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert results(tmp_path)["stopped"].startswith("KeyboardInterrupt")
+
+
+def test_the_handler_of_ctrl_c_is_put_back(tmp_path):
+    def mine(number, frame):
+        raise AssertionError
+
+    class Fails(Callback):
+        def on_train_epoch_end(self, *_):
+            assert signal.getsignal(signal.SIGINT) is not mine
+            raise ZeroDivisionError
+
+    before = signal.signal(signal.SIGINT, mine)
+    try:
+        run(tmp_path, [Interrupt(tmp_path / "x")])
+        assert signal.getsignal(signal.SIGINT) is mine
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path, [Interrupt(tmp_path / "x"), Fails()])
+        assert signal.getsignal(signal.SIGINT) is mine
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_training_outside_the_main_thread_leaves_signals_alone(tmp_path):
+    ends = []
+    thread = threading.Thread(target=lambda: ends.append(run(tmp_path, [Interrupt(tmp_path / "x")])))
+    thread.start()
+    thread.join()
+    assert ends[0]["step, epoch"] == (20, 2)
