@@ -105,7 +105,7 @@ MISFITS = {
     "trainer.precision=7": ["Precision 7 is invalid", "bf16-mixed"],
     "trainer.accelerator=quantum": ["accelerator='quantum'", "cpu"],
     "+trainer.foo=1": ["Trainer", "unexpected keyword argument 'foo'", "`--cfg job` shows the options"],
-    "trainer.gradient_clip_algorithm=foo": ["`trainer.gradient_clip_algorithm` (=foo) must be norm or value"],
+    "trainer.gradient_clip_algorithm=foo": ["`gradient_clip_algorithm` foo is invalid", "'norm'", "full_key: trainer"],
     "trainer.gradient_clip_val=-1": ["`trainer.gradient_clip_val` (=-1) must not be negative"],
     "steps_per_execution=0": ["`steps_per_execution` (=0) must be at least 1"],
     "seed=-1": ["`seed` (=-1) must be a whole number from 0 to 4294967295"],

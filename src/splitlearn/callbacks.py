@@ -171,18 +171,19 @@ class Interrupt(Callback):
 class Watch(Callback):
     """Writes to TensorBoard what a split run has that others have not.
 
-    Every `log_every_n_steps` mini-batches the loss, and by role the learning rate and the gradient's norm (after clipping), and the
-    bytes so far by direction and kind; after every epoch a histogram of what crosses each cut, and a sheet of inputs
-    beside it.
+    Every `log_every_n_steps` mini-batches the loss, and by role the learning rate and the gradient's norm (after
+    clipping), and the bytes so far by direction and kind; after the first epoch and every `every_n_epochs` a histogram
+    of what crosses each cut, and a sheet of inputs beside it.
 
     Arguments:
         num_images: the rows of the data on the sheet.
+        every_n_epochs: between two sheets.
     """
 
     content_with_stretches = True
 
-    def __init__(self, num_images: int = 8) -> None:
-        self.num_images = num_images
+    def __init__(self, num_images: int = 8, every_n_epochs: int = 5) -> None:
+        self.num_images, self.every_n_epochs = num_images, every_n_epochs
 
     def on_train_batch_end(self, trainer: pl.Trainer, learner: SplitLearner, *_: Any) -> None:  # type: ignore[override]
         step = trainer.global_step
@@ -204,7 +205,7 @@ class Watch(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
         writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, pl.loggers.TensorBoardLogger)]
-        if not writers or self.fields is None:
+        if not writers or self.fields is None or trainer.current_epoch % self.every_n_epochs:
             return
         fields = {name: field.to(learner.device) for name, field in self.fields.items()}
         with trainer.precision_plugin.forward_context():

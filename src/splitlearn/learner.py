@@ -58,7 +58,7 @@ class SplitLearner(pl.LightningModule):
         monitor: str = "val/loss",
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str = "norm",
-        steps_per_execution: int = 50,
+        steps_per_execution: int = 100,
     ) -> None:
         super().__init__()
         _check_settings(interval, gradient_clip_val, steps_per_execution)

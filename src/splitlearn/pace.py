@@ -85,13 +85,14 @@ class Pace:
     def run(self, stretch: Stretch[T]) -> Iterator[T]:
         """Yield the steps of a stretch; Lightning counts the first itself. Ends early when the trainer is to stop."""
         progress, steps_done = self.loop.batch_progress, self.loop.manual_optimization.optim_step_progress
+        results = self.loop._results
         last, deadline = self.done + self.left, time.monotonic() + LONGEST_SECONDS
         for i in range(stretch.length):
             if i:
                 stretch.advance()
                 progress.increment_by(1)
                 self.loop._batches_that_stepped += 1
-                self.trainer._logger_connector.on_batch_start(stretch)
+                results.batch, results.batch_size = stretch, None  # as Lightning's on_batch_start has it
             progress.is_last_batch = progress.current.ready == last
             steps_done.increment_ready()
             yield stretch.at_hand

@@ -49,15 +49,20 @@ class Wire:
         if kind not in KINDS:
             raise ValueError(f"`kind` (={kind}) must be one of {', '.join(KINDS)}")
         payload = tensor.detach()
-        # The sender's taps come first, so that the receiver's hear what arrives.
-        for tap in sorted(self.taps, key=lambda tap: tap.party != src):
-            if tap.party in (src, dst):
-                payload = _heard(tap, Message(src, dst, kind, payload))
+        if self.taps:
+            payload = self._heard(Message(src, dst, kind, payload))
         self.ledger.add(src, dst, kind, payload.nbytes)
         return payload
 
+    def _heard(self, message: Message) -> Tensor:
+        """Let the taps of both parties hear: the sender's first, so that the receiver's hear what arrives."""
+        for tap in sorted(self.taps, key=lambda tap: tap.party != message.src):
+            if tap.party in (message.src, message.dst):
+                message = message._replace(tensor=_hear(tap, message))
+        return message.tensor
 
-def _heard(tap: Tap, message: Message) -> Tensor:
+
+def _hear(tap: Tap, message: Message) -> Tensor:
     # A copy: weights go on changing in place, and a tap must not change what it only hears.
     instead = tap.hear(message._replace(tensor=message.tensor.clone()))
     if instead is None:
