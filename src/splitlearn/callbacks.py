@@ -160,7 +160,7 @@ class Interrupt(Callback):
         if self.asked:
             trainer.save_checkpoint(self.path)
             rank_zero_info(f"Stopped by Ctrl-C. Resume with ckpt={self.path}")
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"resume with ckpt={self.path}")
 
     def _restore(self) -> None:
         if self.before is not None:

@@ -188,7 +188,10 @@ def _print_table(run: Run, metrics: dict[str, float]) -> None:
 
 def _quieten() -> None:
     """Silence what Lightning and torch say about choices that are made here on purpose."""
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
+    chatter = ("Tip:", "GPU available: False", "TPU available: False", "`weights_only` was not set")
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
+        lambda record: not any(words in str(record.msg) for words in chatter)
+    )
     for message in (
         "Using ModelCheckpoint with manual optimization",
         "The number of training batches",
