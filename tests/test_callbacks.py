@@ -97,7 +97,7 @@ def watched(tmp_path_factory):
     """A run with two epochs of ten mini-batches that logs every five, and what TensorBoard reads back of it."""
     folder = tmp_path_factory.mktemp("watched")
     logger = TensorBoardLogger(folder, name="tb", version="", default_hp_metric=False)
-    learner, trainer = fit(folder, [Watch(num_images=3)], logger, trainer={"log_every_n_steps": 5})
+    learner, trainer = fit(folder, [Watch(num_images=3, every_n_epochs=1)], logger, trainer={"log_every_n_steps": 5})
     logger.finalize("success")
     events = EventAccumulator(str(folder / "tb"))
     events.Reload()

@@ -28,7 +28,7 @@ from splitlearn.train import CONF, build
 
 
 class Turns(pl.Callback):
-    """After each stretch of splitlearn's, lets every other loop run as many mini-batches (or a share), and notes the times."""
+    """After each stretch of splitlearn's, lets each other loop run as many mini-batches, or a share, and times them."""
 
     content_with_stretches = True
 
