@@ -385,6 +385,14 @@ def hyperparameters(run: Path) -> tuple[dict[str, float], dict[str, float]]:
     return hparams, {tag: curve[-1].value for tag, curve in curves.items()}
 
 
+def test_a_sweep_goes_on_behind_a_run_that_diverged(tmp_path):
+    quick = ("+experiment=digits_2party", "trainer.max_epochs=1", "trainer.limit_train_batches=3")
+    done = command("-m", *quick, "optimizer.lr=1e30,0.1", "hydra.sweep.dir=sweep", cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert "DivergedError" in done.stderr
+    assert results(tmp_path / "sweep" / "1")["test"]["test/loss"] < 3
+
+
 def test_a_sweep_over_the_cut_makes_three_runs_that_compare(tmp_path):
     quick = ("+experiment=digits_2party", "trainer.max_epochs=1", "trainer.limit_train_batches=3")
     command("-m", *quick, "layout.cut=1,2,3", "hydra.sweep.dir=sweep", cwd=tmp_path)

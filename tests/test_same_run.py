@@ -1,0 +1,101 @@
+"""What a run refuses to mix up, to save or to forget."""
+
+import json
+from collections import OrderedDict
+from functools import partial
+
+import pytest
+import torch
+from helpers import SEED, SGD
+from pytorch_lightning.callbacks import BaseFinetuning, ModelCheckpoint
+from runs import make_data, make_learner, make_trainer
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from splitlearn.callbacks import Results
+from splitlearn.data import Source, SplitData
+from splitlearn.errors import DivergedError, InputError
+from splitlearn.layout import two_party
+from splitlearn.network import SplitNetwork
+from splitlearn.wire import Wire
+
+
+def saved(folder, data=None, make=SGD, **trainer):
+    data = data or make_data()
+    lightning = make_trainer(folder, [ModelCheckpoint(folder, "one")], **{"max_epochs": 1, **trainer})
+    lightning.fit(make_learner(data, make=make), datamodule=data)
+    return folder / "one.ckpt"
+
+
+def go_on(folder, ckpt, data, make=SGD):
+    make_trainer(folder).fit(make_learner(data, make=make), datamodule=data, ckpt_path=ckpt)
+
+
+def test_another_split_of_the_rows_is_refused(tmp_path):
+    """Under another seed, rows held out for the test would be trained on."""
+    ckpt, other = saved(tmp_path), make_data()
+    other.seed, other.shards = 8, {"alice0": torch.arange(39).flip(0)}
+    with pytest.raises(InputError, match=rf"`ckpt` is of another data: seed {SEED}.*, this run has seed 8"):
+        go_on(tmp_path, ckpt, other)
+
+
+def test_another_batch_size_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"another data: .*batch size 4.*batch size 5"):
+        go_on(tmp_path, saved(tmp_path), make_data(batch_size=5))
+
+
+def test_another_learning_rate_is_refused(tmp_path):
+    """Lightning would go on at the checkpoint's, whatever was typed."""
+    with pytest.raises(InputError, match=r"another optimizer: .*lr=0.1.*lr=0.5"):
+        go_on(tmp_path, saved(tmp_path, make=rate(0.1)), make_data(), rate(0.5))
+
+
+def rate(lr):
+    return partial(torch.optim.SGD, lr=lr)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    """The last mini-batch of an epoch may break the weights behind a loss that was finite."""
+    good = saved(tmp_path, max_steps=9, max_epochs=-1).read_bytes()
+    with pytest.raises(DivergedError, match=r"weights are not finite after 1 mini-batches: lower `optimizer.lr`"):
+        saved(tmp_path, make=rate(float("inf")), max_steps=1, max_epochs=-1)
+    assert (tmp_path / "one.ckpt").read_bytes() == good
+
+
+def test_results_are_json_whatever_the_loss(tmp_path):
+    results, learner = Results(tmp_path / "results.json"), make_learner(make_data())
+    results.epochs = [{"epoch": 0, "train/loss": float("nan")}]
+    results.write(learner)
+    loaded = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert loaded["epochs"] == [{"epoch": 0, "train/loss": None}]
+
+
+class Unfreeze(BaseFinetuning):
+    """Lightning's own way to train the first layer of Bob's from the second epoch on."""
+
+    def freeze_before_training(self, learner):
+        self.freeze(next(learner.network.segments["top"].children()))
+
+    def finetune_function(self, learner, epoch, optimizer):
+        first = next(learner.network.segments["top"].children())
+        if epoch == 1 and optimizer is learner.stepper.optimizers["bob"]:
+            self.unfreeze_and_add_param_group(first, optimizer)
+
+
+def test_gradients_of_unfrozen_parameters_are_erased_too(tmp_path):
+    data = make_data()
+    learner = make_learner(data, make=rate(0.01))
+    make_trainer(tmp_path, [Unfreeze()]).fit(learner, datamodule=data)
+    top = list(learner.network.segments["top"].parameters())
+    assert all(parameter.grad is not None for parameter in top)
+    learner.stepper.zero_grad()
+    assert all(parameter.grad is None for parameter in top)
+
+
+def test_a_batch_norm_in_eval_mode_stays_there():
+    norm = nn.BatchNorm1d(4)
+    model = nn.Sequential(OrderedDict(first=nn.Sequential(nn.Linear(4, 4), norm.eval()), head=nn.Linear(4, 2)))
+    source = Source(TensorDataset(torch.randn(6, 4), torch.tensor([0, 1] * 3)), None, 2)
+    network = SplitNetwork(model, two_party(["first", "head"], 1), Wire(), SplitData(source).sample())
+    assert not norm.training
+    assert network.training
