@@ -35,7 +35,18 @@ HERE = Path(__file__).resolve().parent
 CONF = str(HERE / "conf" if (HERE / "conf").is_dir() else HERE.parents[1] / "conf")
 LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
 READ_BY_SOURCE = ("source", "root", "download", "image_size")
-TYPED = ("seed", "num_alices", "data", "model", "layout", "schedule", "optimizer", "optimizers", "scheduler", "trainer")
+# What a table of runs is for; all of a run's configuration stands in its folder.
+COMPARED = (
+    "seed",
+    "num_alices",
+    "layout",
+    "model",
+    "schedule",
+    "optimizer",
+    "optimizers",
+    "data.batch_size",
+    "trainer.max_epochs",
+)
 MAKING = (
     InstantiationException,
     MisconfigurationException,
@@ -169,7 +180,8 @@ def _make_callbacks(cfg: DictConfig) -> list[Callback]:
 
 
 def _log_hyperparameters(cfg: DictConfig, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
-    params = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(TYPED)), resolve=True)
+    params = {key.replace(".", "/"): OmegaConf.select(cfg, key) for key in COMPARED}
+    params = {key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in params.items()}
     for logger in trainer.loggers:
         if isinstance(logger, pl.loggers.TensorBoardLogger):
             logger.log_hyperparams(params, metrics, step=trainer.global_step)  # type: ignore[arg-type]
