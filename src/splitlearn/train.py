@@ -184,7 +184,7 @@ def _log_hyperparameters(cfg: DictConfig, trainer: pl.Trainer, metrics: dict[str
     params = {key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in params.items()}
     for logger in trainer.loggers:
         if isinstance(logger, pl.loggers.TensorBoardLogger):
-            logger.log_hyperparams(params, metrics, step=trainer.global_step)  # type: ignore[arg-type]
+            logger.log_hyperparams(params, metrics, step=trainer.global_step)
             logger.save()
 
 
