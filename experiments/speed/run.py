@@ -80,9 +80,9 @@ SHARE = {
 }  # the tutorial's way is slow: of its mini-batches one in ten is run, and stands for ten
 
 
-def measure(epochs: int, output_dir: str, against: Sequence[str] = tuple(LOOPS)) -> Turns:
+def measure(epochs: int, output_dir: str, typed: Sequence[str] = (), against: Sequence[str] = tuple(LOOPS)) -> Turns:
     with initialize_config_dir(CONF, version_base="1.3"):
-        overrides = ["+experiment=mnist_2party", f"trainer.max_epochs={epochs}", f"output_dir={output_dir}"]
+        overrides = ["+experiment=mnist_2party", f"trainer.max_epochs={epochs}", f"output_dir={output_dir}", *typed]
         cfg = compose("train", overrides)
     cfg.data.source = {"_target_": f"{__name__}.source"}
     run = build(cfg)
@@ -95,8 +95,10 @@ def measure(epochs: int, output_dir: str, against: Sequence[str] = tuple(LOOPS))
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=8, help="one of them warms up")
+    parser.add_argument("typed", nargs="*", help="of splitlearn's configuration, e.g. steps_per_execution=1")
+    options = parser.parse_args()
     with TemporaryDirectory() as output_dir:
-        turns = measure(parser.parse_args().epochs, output_dir)
+        turns = measure(options.epochs, output_dir, options.typed)
     print(f"\n{torch.get_num_threads()} threads, torch {torch.__version__}, python {sys.version.split()[0]}")
     for loop in ("split", "unsplit", "tutorial"):
         print(f"{loop:<10}{1e6 * turns.mini_batch(loop):8.0f} us a mini-batch")
