@@ -185,6 +185,14 @@ def train_split(folder, length, callbacks=(), layout=TWO_PARTY, kind=SplitLearne
     return learner, lightning, recorder.logged
 
 
+def fit(folder, data=None, model=None, layout=TWO_PARTY, trainer=None, **learner):
+    data = make_data() if data is None else data
+    trained = make_learner(data, layout, model=model, **learner)
+    lightning = make_trainer(folder, **(trainer or {}))
+    lightning.fit(trained, datamodule=data)
+    return trained, lightning
+
+
 def weights(module: pl.LightningModule) -> list[Tensor]:
     """Weights and buffers in the order of the blocks, wherever they are cut."""
     return [value for name, value in module.state_dict().items() if not name.startswith("accuracy")]

@@ -11,6 +11,7 @@ from runs import (
     Plain,
     by_hand,
     difference,
+    fit,
     fit_plain,
     make_data,
     make_learner,
@@ -27,14 +28,6 @@ from splitlearn.optimizers import by_role
 from splitlearn.wire import Wire
 
 WHOLE = whole(BLOCKS)
-
-
-def fit(folder, data=None, model=None, layout=TWO_PARTY, trainer=None, **learner):
-    data = make_data() if data is None else data
-    trained = make_learner(data, layout, model=model, **learner)
-    lightning = make_trainer(folder, **(trainer or {}))
-    lightning.fit(trained, datamodule=data)
-    return trained, lightning
 
 
 CLIPS = {

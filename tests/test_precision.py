@@ -7,17 +7,8 @@ import torch
 from helpers import ADAM, SGD, make_rows, net
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.precision import MixedPrecision
-from runs import TWO_PARTY, by_hand, difference, make_data, make_learner, make_trainer, weights
+from runs import by_hand, difference, fit, make_data, weights
 from torch import nn
-
-
-def fit(folder, data=None, model=None, layout=TWO_PARTY, trainer=None, **learner):
-    data = make_data() if data is None else data
-    trained = make_learner(data, layout, model=model, **learner)
-    lightning = make_trainer(folder, **(trainer or {}))
-    lightning.fit(trained, datamodule=data)
-    return trained, lightning
-
 
 BFLOAT16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 FLOAT16 = partial(torch.autocast, "cpu", dtype=torch.float16)

@@ -65,6 +65,8 @@ class SplitLearner(pl.LightningModule):
         _check_loss(loss, network.sample_output, num_classes)
         self.network, self.layout, self.schedule, self.loss = network, network.layout, schedule, loss
         self.makers = by_role(network, optimizer, optimizers or {}, scheduler)
+        made = {role: make(network.parameters_of(role)) for role, make in self.makers.items()}
+        self.options = ", ".join(f"{role}: {_options(optimizer)}" for role, optimizer in made.items())
         self.scheduler, self.interval, self.monitor = scheduler, interval, monitor
         self.clip = {"gradient_clip_val": gradient_clip_val, "gradient_clip_algorithm": gradient_clip_algorithm}
         self.steps_per_execution = steps_per_execution
@@ -109,12 +111,11 @@ class SplitLearner(pl.LightningModule):
     @property
     def kind(self) -> dict[str, str]:
         """What a checkpoint must share with the run that goes on from it."""
-        made = {role: make(self.network.parameters_of(role)) for role, make in self.makers.items()}
         blocks = [block for segment in self.network.segments.values() for block in segment.named_children()]
         return {
             "layout": self.layout.describe(),
             "model": ", ".join(f"{name} of {sum(p.numel() for p in block.parameters())}" for name, block in blocks),
-            "optimizer": ", ".join(f"{role}: {_options(optimizer)}" for role, optimizer in made.items()),
+            "optimizer": self.options,
             "num_alices": str(len(self.schedule.takers)),
             "data": getattr(self.trainer.datamodule, "kind", "unknown"),  # type: ignore[attr-defined]
         }

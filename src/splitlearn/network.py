@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -60,18 +61,15 @@ class Segment(nn.Sequential):
         drawing = set()
         for i, (name, block) in enumerate(self.named_children()):
             torch.manual_seed(derive(self.seed, "weights", self.labels[name]))
-            modes = [(module, module.training) for module in block.modules()]
             try:
-                with torch.no_grad():
-                    out = block.eval()(x)
+                with torch.no_grad(), _evaluating(block):
+                    out = block(x)
                 if _draws(copy.deepcopy(block), x.detach().requires_grad_(i == 0 and x.is_floating_point())):
                     drawing.add(name)
             except (RuntimeError, ValueError, TypeError) as error:
                 raise ValueError(_misfit(name, x, error)) from error
             if not isinstance(out, Tensor):
                 raise ValueError(f"block `{name}` returns a {type(out).__name__}: every block must return one tensor")
-            for module, training in modes:  # a batch norm that was put into eval mode stays there
-                module.training = training
             x = out
         self.drawing = frozenset(drawing)
         return x
@@ -130,17 +128,15 @@ class SplitNetwork(nn.Module):
 
         Nothing is sent: the network's own ledger and taps do not hear of it.
         """
-        wire, modes = self.wire, [(module, module.training) for module in self.modules()]
+        wire = self.wire
         self.wire = self.cut.wire = Wire()
-        self.eval()
         try:
-            rows = torch.arange(len(fields["y"]))
-            _, _, tape = self(Batch(rows, dict(fields), (0, 0)), {role: role for role in self.layout.roles})
+            with _evaluating(self):
+                rows = torch.arange(len(fields["y"]))
+                _, _, tape = self(Batch(rows, dict(fields), (0, 0)), {role: role for role in self.layout.roles})
             return tape, self.wire.ledger
         finally:
             self.wire = self.cut.wire = wire
-            for module, training in modes:  # not `train()`: a part may be in evaluation mode for good
-                module.training = training
 
     def segments_of(self, role: Role) -> list[nn.Module]:
         return [self.segments[stage.name] for stage in self.layout.stages if stage.role == role]
@@ -174,6 +170,18 @@ def check_blocks(model: nn.Module) -> dict[str, nn.Module]:
             "the cut falls between blocks; return nn.Sequential(OrderedDict(name=block, ...))"
         )
     return dict(model.named_children())
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and back to each part's own: a batch norm that was put into evaluation mode stays there."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def _join(inputs: list[Tensor]) -> Tensor:

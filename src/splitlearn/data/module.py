@@ -85,8 +85,9 @@ class SplitData(pl.LightningDataModule):
 
     def sample(self, size: int = 2) -> Fields:
         """Return a few training rows, by which a network takes its shapes."""
-        first = next(iter(self.shards.values()))[torch.arange(size) % len(next(iter(self.shards.values())))]
-        return next(iter(self.rows.stream([first], torch.device("cpu"))))
+        shard = next(iter(self.shards.values()))
+        rows = shard[torch.arange(size) % len(shard)]
+        return next(iter(self.rows.stream([rows], torch.device("cpu"))))
 
     def train_dataloader(self) -> TurnLoader:
         learner: Any = self.trainer.lightning_module  # type: ignore[union-attr]
