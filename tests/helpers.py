@@ -15,7 +15,7 @@ from splitlearn.data import Source, SplitData
 from splitlearn.layout import Layout
 from splitlearn.learner import SplitLearner
 from splitlearn.network import Batch, SplitNetwork
-from splitlearn.schedule import Sequential
+from splitlearn.schedule import Schedule, Step
 from splitlearn.seeds import derive
 from splitlearn.sharing import Handoff
 from splitlearn.wire import Message, Wire
@@ -37,6 +37,23 @@ def net() -> nn.Sequential:
         "head": nn.Linear(7, 3),
     }
     return nn.Sequential(OrderedDict(blocks))
+
+
+def smooth() -> nn.Sequential:
+    """The same shapes, without what depends on the mini-batch: batch norm and dropout."""
+    torch.manual_seed(1)
+    blocks = {
+        "block1": nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh()),
+        "block2": nn.Sequential(nn.Flatten(), nn.Linear(48, 10), nn.Tanh()),
+        "block3": nn.Linear(10, 7),
+        "head": nn.Linear(7, 3),
+    }
+    return nn.Sequential(OrderedDict(blocks))
+
+
+def dealt(*sizes: int) -> Callable[..., list[Tensor]]:
+    """A partition into shards of these sizes."""
+    return lambda labels, num_shards, seed: list(torch.arange(len(labels)).split(sizes))
 
 
 def make_rows(num_rows: int) -> tuple[Tensor, Tensor]:
@@ -77,7 +94,7 @@ class Run(NamedTuple):
     data: SplitData
     trainer: pl.Trainer
     losses: list[Tensor]
-    steps: list[list[dict[str, Tensor]]]
+    steps: list[list[Step]]
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -95,11 +112,12 @@ def train(
     taps: Sequence = (),
     val_fraction: float = 0.0,
     epochs: int = 2,
+    schedule: Mapping[str, object] = MappingProxyType({}),
     data: Mapping[str, object] = MappingProxyType({}),
     trainer: Mapping[str, object] = MappingProxyType({}),
     **learner: object,
 ) -> Run:
-    """Train `net` for two epochs on 19 rows: ten steps, two of them short."""
+    """Train `net` for two epochs on 19 rows: ten steps, two of them short. The Alices hand on, or as `schedule` says."""
     x, y = make_rows(19) if rows is None else rows
     source = Source(TensorDataset(x, y), TensorDataset(x[:5], y[:5]), 3)
     takers = layout.takers(num_alices)
@@ -108,7 +126,8 @@ def train(
     wire, losses = Wire(), Losses()
     network = SplitNetwork(net() if model is None else model, layout, wire, data.sample(), SEED)
     wire.taps = list(taps)
-    trained = SplitLearner(network, Sequential(takers, Handoff(optimizer_state)), make, losses, 3, **learner)
+    arranged = Schedule(takers, **{"alice": Handoff(optimizer_state), "seed": SEED, **schedule})
+    trained = SplitLearner(network, arranged, make, losses, 3, **learner)
     quiet = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "num_sanity_val_steps"), False
     )
@@ -139,7 +158,7 @@ def plainly(
     model.train()
     for epoch, steps in enumerate(run.steps):
         for place, step in enumerate(steps):
-            ((taker, ids),) = step.items()
+            ((taker, ids),) = step.batches.items()
             optimizers = optimizers_of(taker)
             loss = nn.functional.cross_entropy(model(x[ids], (epoch, place)), y[ids])
             model.zero_grad()

@@ -19,7 +19,7 @@ from splitlearn.engines.simulated import SafeCheckpointIO
 from splitlearn.layout import two_party
 from splitlearn.learner import SplitLearner
 from splitlearn.network import SplitNetwork
-from splitlearn.schedule import Sequential
+from splitlearn.schedule import Schedule
 from splitlearn.sharing import Handoff
 from splitlearn.wire import Wire
 
@@ -61,7 +61,7 @@ def make_learner(
     data, layout=TWO_PARTY, make=SGD, model=None, state="carry", kind=SplitLearner, **kwargs
 ) -> SplitLearner:
     network = SplitNetwork(model or net(), layout, Wire(), data.sample(), SEED)
-    return kind(network, Sequential(tuple(data.shards), Handoff(state)), make, nn.CrossEntropyLoss(), 3, **kwargs)
+    return kind(network, Schedule(tuple(data.shards), Handoff(state)), make, nn.CrossEntropyLoss(), 3, **kwargs)
 
 
 def make_trainer(folder: Path, callbacks=(), logger=False, plugins=(), **kwargs) -> pl.Trainer:
@@ -103,9 +103,9 @@ def batches_of(
     data: SplitData, epoch: int, order: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor, tuple[int, int]]]:
     """(x, y, number) of each mini-batch of an epoch, or of its numbers in the order of another epoch."""
-    turns = TurnLoader(data.rows, data.shards, Sequential(tuple(data.shards)), None, data.batch_size, SEED)
+    turns = TurnLoader(data.rows, data.shards, Schedule(tuple(data.shards)), None, data.batch_size, SEED)
     for place, step in enumerate(turns.steps(epoch if order is None else order)):
-        (ids,) = step.values()
+        (ids,) = step.batches.values()
         yield data.rows.fields["x"][ids], data.rows.fields["y"][ids], (epoch, place)
 
 
@@ -200,7 +200,8 @@ def weights(module: pl.LightningModule) -> list[Tensor]:
 
 def results(folder: Path) -> dict:
     kept = json.loads((folder / "results.json").read_text())
-    del kept["seconds"]
+    for timed in (kept, *kept["epochs"]):
+        del timed["seconds"]
     return kept
 
 
@@ -213,7 +214,7 @@ def end_state(learner: SplitLearner, trainer: pl.Trainer) -> dict:
         "bytes": learner.ledger.table(),
         "evaluation bytes": learner.evaluation_ledger.table(),
         "mean loss": learner.mean_loss,
-        "holder": learner.schedule.holder,
+        "holder": learner.rounds.holder,
         "step, epoch": (trainer.global_step, trainer.current_epoch),
     }
 

@@ -1,22 +1,28 @@
 """results.json, the progress bar and TensorBoard hold what they promise, and change nothing."""
 
+import io
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from helpers import BLOCKS, SGD, net, run_blocks
+from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
 from runs import TWO_PARTY, Recorder, batches_of, difference, end_state, make_data, make_learner, make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import TensorDataset
+from torchvision.transforms.functional import pil_to_tensor
 
-from splitlearn.callbacks import ProgressBar, Results, Watch, _strip
+from splitlearn.callbacks import ProgressBar, Results
 from splitlearn.data import Source, SplitData
 from splitlearn.layout import vertical
+from splitlearn.picture import who_has_what
+from splitlearn.watch import Watch, _strip, has_many_alices
 
 
 def fit(folder, callbacks=(), logger=False, data=None, layout=TWO_PARTY, trainer=None, **learner):
@@ -55,14 +61,16 @@ def test_results_have_the_shape_that_is_promised(tmp_path):
     kept = json.loads((tmp_path / "sub" / "results.json").read_text())
     means, _ = epoch_losses(trainer.datamodule, 2)
     assert list(kept) == ["epochs", "test", "bytes", "evaluation_bytes", "seconds"]
-    assert [list(epoch) for epoch in kept["epochs"]] == [["epoch", "train/loss", "val/loss", "val/accuracy"]] * 2
+    promised = ["epoch", "train/loss", "val/loss", "val/accuracy", "bytes", "seconds", "step"]
+    assert [list(epoch) for epoch in kept["epochs"]] == [promised] * 2
     assert [(epoch["epoch"], epoch["train/loss"]) for epoch in kept["epochs"]] == [(0, means[0]), (1, means[1])]
     assert kept["epochs"][1]["val/loss"] == float(metrics["val/loss"])
     tested = {name: float(trainer.callback_metrics[name]) for name in ("test/loss", "test/accuracy")}
     assert kept["test"] == tested
     assert kept["bytes"] == {"alice0->bob": {"activation": 78 * 40}, "bob->alice0": {"gradient": 78 * 40}}
     assert kept["evaluation_bytes"] == {"alice0->bob": {"activation": (12 + 5) * 40}}
-    assert 0 < kept["seconds"] < 60
+    assert [(epoch["bytes"], epoch["step"]) for epoch in kept["epochs"]] == [(2 * 39 * 40, 10), (2 * 78 * 40, 20)]
+    assert 0 < kept["epochs"][0]["seconds"] < kept["epochs"][1]["seconds"] <= kept["seconds"] < 60
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["results.json"]
 
 
@@ -79,7 +87,15 @@ def test_results_go_on_in_a_second_fit(tmp_path):
     trainer.fit_loop.max_epochs = 2
     trainer.fit(learner, datamodule=trainer.datamodule)
     assert [epoch["epoch"] for epoch in kept.epochs] == [0, 1]
-    assert json.loads((tmp_path / "results.json").read_text())["seconds"] > first
+    assert json.loads((tmp_path / "results.json").read_text())["seconds"] > kept.epochs[1]["seconds"] > first
+    assert [epoch["step"] for epoch in kept.epochs] == [10, 20]
+
+
+def test_the_seconds_of_a_resumed_run_go_on(tmp_path):
+    kept = Results(tmp_path / "results.json")
+    kept.load_state_dict({"epochs": [], "validated": {}, "seconds": 1000.0})
+    fit(tmp_path, [kept])
+    assert 1000 < kept.epochs[0]["seconds"] < kept.epochs[1]["seconds"] < 1060
 
 
 def test_results_tell_why_training_stopped(tmp_path):
@@ -121,7 +137,7 @@ def test_tensorboard_has_the_tags_that_are_promised(watched):
         "bytes/bob->alice0/gradient",
     }
     assert tags["histograms"] == ["smashed/alice->bob"]
-    assert tags["images"] == ["inputs above what crosses"]
+    assert tags["images"] == ["who has what", "inputs above what crosses"]
 
 
 def test_tensorboard_has_the_values_of_a_hand_loop(watched):
@@ -181,6 +197,39 @@ def test_every_cut_and_every_field_of_the_input_is_drawn(tmp_path):
     assert events.Tags()["histograms"] == ["smashed/alice0->bob", "smashed/alice1->bob"]
     image = events.Images("inputs above what crosses")[0]
     assert (image.height, image.width) == (4 * 68, 2 + 2 * 66)
+
+
+def test_the_picture_of_who_has_what_is_that_of_the_training_rows(watched):
+    _, trainer, events = watched
+    data = trainer.datamodule
+    (image,) = events.Images("who has what")
+    drawn = pil_to_tensor(Image.open(io.BytesIO(image.encoded_image_string)))
+    assert image.step == 0
+    assert torch.equal(drawn, who_has_what(data.labels, [data.shards["alice0"]], 3))
+
+
+@pytest.mark.parametrize(
+    ("num_alices", "tags"),
+    [
+        (10, {f"bytes/alice{i}->bob/activation" for i in range(10)}),
+        (11, {"bytes/alice*->bob/activation"}),
+    ],
+)
+def test_the_bytes_of_more_than_ten_alices_are_summed(tmp_path, num_alices, tags):
+    recorder, data = Recorder(), make_data(num_rows=22, num_alices=num_alices)
+    fit(tmp_path, [Watch()], recorder, data, trainer={"max_epochs": 1, "log_every_n_steps": num_alices})
+    ((_, scalars),) = [logged for logged in recorder.logged if "train/loss_step" in logged[1]]
+    sent = {tag: value for tag, value in scalars.items() if tag.endswith("->bob/activation")}
+    assert set(sent) == tags
+    assert sum(sent.values()) == 22 * 40
+
+
+@pytest.mark.parametrize(("num_alices", "many"), [(10, False), (11, True)])
+def test_owners_of_columns_are_counted_as_alices_too(num_alices, many):
+    layout = vertical(BLOCKS[1:], 1, num_alices)
+    learner = SimpleNamespace(schedule=SimpleNamespace(takers=layout.takers(num_alices)))
+    learner.network = SimpleNamespace(layout=layout)
+    assert has_many_alices(learner) is many
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (2, 3, 8, 8), (2, 7, 4, 4), (2, 1, 28, 28), (2, 6, 10)])

@@ -11,6 +11,7 @@ from splitlearn import layout
 from splitlearn.drawing import draw
 from splitlearn.models import mlp
 from splitlearn.network import SplitNetwork
+from splitlearn.schedule import Schedule
 from splitlearn.wire import Wire
 
 MNIST = {"x": (1, 28, 28)}
@@ -95,7 +96,7 @@ def tutorial(make_layout, shapes: dict[str, tuple[int, ...]]) -> tuple[SplitNetw
 @pytest.mark.parametrize(("make_layout", "shapes", "drawing"), DRAWINGS.values(), ids=DRAWINGS)
 def test_a_layout_is_drawn(make_layout, shapes, drawing):
     network, fields = tutorial(make_layout, shapes)
-    assert draw(network, fields, batch_size=64, takers=["alice0"]) == drawing.strip()
+    assert draw(network, fields, batch_size=64, schedule=Schedule(["alice0"])) == drawing.strip()
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,8 @@ def test_a_layout_is_drawn(make_layout, shapes, drawing):
 )
 def test_several_alices_and_what_they_hand_on_are_drawn(num_alices, names):
     network, fields = tutorial(partial(layout.two_party, cut=2), MNIST)
-    lines = draw(network, fields, batch_size=64, takers=[f"alice{i}" for i in range(num_alices)]).splitlines()
+    schedule = Schedule([f"alice{i}" for i in range(num_alices)])
+    lines = draw(network, fields, batch_size=64, schedule=schedule).splitlines()
     assert lines[0] == f"two_party, in turns: {names}"
     assert lines[-1] == "  | each alice -> the next: weights, 732,160 bytes a turn"
 
@@ -118,13 +120,13 @@ def test_weights_that_are_handed_on_include_buffers():
     fields = {"x": torch.zeros(2, 3), "y": torch.zeros(2).long()}
     network = SplitNetwork(model, layout.two_party(["bottom", "top"], cut=1), Wire(), fields)
     # weight, bias, mean and variance of 3 float32, and a counter of 8 bytes
-    assert "weights, 56 bytes a turn" in draw(network, fields, batch_size=4, takers=["alice0", "alice1"])
+    assert "weights, 56 bytes a turn" in draw(network, fields, batch_size=4, schedule=Schedule(["alice0", "alice1"]))
 
 
 def test_drawing_leaves_the_network_as_it_was():
     network, fields = tutorial(partial(layout.two_party, cut=2), MNIST)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    draw(network, fields, batch_size=64, takers=["alice0"])
+    draw(network, fields, batch_size=64, schedule=Schedule(["alice0"]))
     assert network.wire.ledger.num_bytes == {}
     assert network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

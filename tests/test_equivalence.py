@@ -174,7 +174,7 @@ def test_five_alices_in_turn_equal_one_loop_over_their_batches(layout, policy, b
     """Two epochs, so that the last Alice hands over to the first and `keep` finds an earlier state."""
     rows = make_rows(25)
     run = train(layout, rows=rows, num_alices=5, batch_size=3, optimizer_state=policy, make=make)
-    takers = [taker for epoch in run.steps for step in epoch for taker in step]
+    takers = [taker for epoch in run.steps for step in epoch for taker in step.batches]
     assert takers == [f"alice{i}" for i in (0, 0, 1, 1, 2, 2, 3, 3, 4, 4)] * 2
     unsplit = net()
     owned = {role: [n for s in layout.stages if s.role == role for n in s.blocks] for role in ("alice", "bob")}
@@ -198,7 +198,7 @@ def test_five_alices_who_carry_all_equal_one_optimizer_for_the_whole(make):
 def test_alices_of_one_sample_each_train():
     rows, layout = make_rows(3), two_party(NAMES, 2)
     run = train(layout, lazy_mlp(), rows=rows, num_alices=3)
-    sizes = [{taker: len(ids) for taker, ids in step.items()} for step in run.steps[1]]
+    sizes = [{taker: len(ids) for taker, ids in step.batches.items()} for step in run.steps[1]]
     assert sizes == [{"alice0": 1}, {"alice1": 1}, {"alice2": 1}]
     assert run.trainer.global_step == 6
     assert len(differences(run.weights, weights_of(make_network(layout, lazy_mlp())))) == 8

@@ -70,8 +70,9 @@ def test_an_experiment_runs_and_leaves_its_results(name, configure, idx_root, mo
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert set(results) == {"epochs", "test", "bytes", "evaluation_bytes", "seconds"}
     assert results["bytes"] == EXPERIMENTS[name]
+    promised = {"epoch", "train/loss", "bytes", "seconds", "step"}
     validated = {"val/loss", "val/accuracy"} if cfg.data.val_fraction else set()
-    assert [set(epoch) for epoch in results["epochs"]] == [{"epoch", "train/loss"} | validated]
+    assert [set(epoch) for epoch in results["epochs"]] == [promised | validated]
     assert set(results["test"]) == {"test/loss", "test/accuracy"}
     assert metric == pytest.approx(results["epochs"][0][cfg.metric], rel=1e-6)  # Lightning keeps it as a float32
     assert all(math.isfinite(value) for value in (metric, *results["test"].values(), results["seconds"]))
@@ -83,7 +84,7 @@ def test_the_tutorials_three_parts_are_one_training(configure, idx_root, monkeyp
     for part in ("mnist_2party", "mnist_3party", "mnist_folded"):
         train(configure(f"+experiment={part}", "trainer.max_epochs=2", "logger=none"))
         results = json.loads((tmp_path / "run" / "results.json").read_text())
-        learned.append((results["epochs"], results["test"]))
+        learned.append(([epoch["train/loss"] for epoch in results["epochs"]], results["test"]))
     assert len(learned[0][0]) == 2
     assert learned[0] == learned[1] == learned[2]
 
@@ -112,7 +113,13 @@ OPTIONS = [
     for group in sorted(path.name for path in Path(CONF).iterdir() if path.is_dir() and path.name != "experiment")
     for option in options(group)
 ]
+TABLES = Path(__file__).parent / "tables"
+PATIENTS = ["data=table", f"data.root={TABLES}/patients.csv", "data.label=diagnosis"]
 NEEDS = {
+    ("data", "table"): PATIENTS,
+    ("partition", "by_file"): [*PATIENTS, "num_alices=2", f"partition.path={TABLES}/parties.csv"],
+    ("partition", "label_shards"): ["num_alices=5"],
+    ("partition", "columns"): ["layout=vertical", "num_alices=2", "data.columns=[[7,0,1,2],[3,4,5,6]]"],
     ("data", "dataset"): [f"data.source.train._target_={__name__}.Stripes"],
     ("model", "custom"): [f"model._target_={__name__}.own_model"],
     ("layout", "vertical"): ["num_alices=2"],
@@ -144,6 +151,7 @@ def test_every_option_of_every_group_trains(group, option, configure, idx_root, 
         ("cifar100", (3, 32, 32), 100),
         ("image_folder", (3, 6, 8), 2),
         ("dataset", (6,), 3),
+        ("table", (2,), 2),
     ],
 )
 @pytest.mark.usefixtures("few_cifar")

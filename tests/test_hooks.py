@@ -57,15 +57,16 @@ class Looks(Callback):
 
     def on_train_batch_start(self, trainer, learner, batch, batch_idx) -> None:
         (turns,) = batch
-        self.seen.append((batch_idx, turns["alice0"].number, turns["alice0"].ids.tolist()))
+        self.seen.append((batch_idx, turns.batches["alice0"].number, turns.batches["alice0"].ids.tolist()))
 
     def on_train_batch_end(self, trainer, learner, outputs, batch, batch_idx) -> None:
         (turns,) = batch
-        self.seen.append((batch_idx, turns["alice0"].number, turns["alice0"].ids.tolist()))
+        self.seen.append((batch_idx, turns.batches["alice0"].number, turns.batches["alice0"].ids.tolist()))
 
 
 def expected_views(loader):
-    numbered = [(epoch, i, step["alice0"].tolist()) for epoch in range(2) for i, step in enumerate(loader.steps(epoch))]
+    steps = [(epoch, i, step) for epoch in range(2) for i, step in enumerate(loader.steps(epoch))]
+    numbered = [(epoch, i, step.batches["alice0"].tolist()) for epoch, i, step in steps]
     return [(i, (epoch, i), ids) for epoch, i, ids in numbered for _ in range(2)]
 
 
@@ -81,7 +82,7 @@ def test_a_subclass_of_the_learner_can_look_into_every_mini_batch(tmp_path):
 
         def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
             (turns,) = batch
-            self.seen.append((batch_idx, turns["alice0"].number, turns["alice0"].ids.tolist()))
+            self.seen.append((batch_idx, turns.batches["alice0"].number, turns.batches["alice0"].ids.tolist()))
 
     _, trainer, _ = train_split(tmp_path, 50, kind=Looking)
     assert Looking.seen == expected_views(trainer.train_dataloader)[::2]

@@ -12,15 +12,15 @@ SRC = Path(splitlearn.__file__).parent
 LAYERS = [
     *("seeds", "errors", "layout", "ledger"),
     *("models.layers", "models.lenet", "models.mlp", "models.resnet", "models.vgg", "models"),
-    *("wire", "cut", "network"),
-    *("partition", "sharing", "schedule"),
-    *("pace", "data.augment", "data.sources", "data.rows", "data.loader", "data.module", "data"),
+    *("wire", "cut", "segment", "network"),
+    *("averaging", "live", "partition", "sharing", "schedule", "rounds", "checks"),
+    *("pace", "data.augment", "data.sources", "data.table", "data.rows", "data.loader", "data.module", "data"),
     *("optimizers", "learner"),
-    *("drawing", "callbacks"),
+    *("drawing", "picture", "watch", "callbacks", "accuracy", "judging"),
     *("engines", "engines.simulated"),
     "train",
 ]
-LIGHTNING = ("pace", "data", "optimizers", "learner", "callbacks", "attacks", "engines", "train")
+LIGHTNING = ("pace", "data", "optimizers", "learner", "watch", "callbacks", "judging", "attacks", "engines", "train")
 
 
 def module_of(path: Path) -> str:

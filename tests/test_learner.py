@@ -14,7 +14,7 @@ from splitlearn.errors import DivergedError
 from splitlearn.layout import u_shaped, whole
 from splitlearn.learner import SplitLearner
 from splitlearn.network import SplitNetwork
-from splitlearn.schedule import Sequential
+from splitlearn.schedule import Schedule
 from splitlearn.wire import Wire
 
 
@@ -136,7 +136,7 @@ def make(model=None, loss=None, num_classes=3, **kwargs):
     blocks = net() if model is None else model
     sample = make_data().sample()
     network = SplitNetwork(blocks, whole(tuple(dict(blocks.named_children()))), Wire(), sample)
-    return SplitLearner(network, Sequential(("alice0",)), SGD, loss or nn.CrossEntropyLoss(), num_classes, **kwargs)
+    return SplitLearner(network, Schedule(("alice0",)), SGD, loss or nn.CrossEntropyLoss(), num_classes, **kwargs)
 
 
 def ending_in(layer):

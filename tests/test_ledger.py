@@ -17,6 +17,27 @@ def test_bytes_add_up_by_sender_receiver_and_kind():
     }
 
 
+def test_many_alices_are_told_as_one():
+    ledger = Ledger()
+    for src, dst, kind, num_bytes in (
+        ("alice0", "bob", "activation", 10),
+        ("alice12", "bob", "activation", 5),
+        ("bob", "alice12", "gradient", 4),
+        ("alice0", "alice1", "weights", 7),
+        ("alice1", "alice0", "weights", 8),
+        ("bob", "carol", "activation", 1),
+        ("malice1", "alice", "control", 2),
+    ):
+        ledger.add(src, dst, kind, num_bytes)
+    assert ledger.table(merge=True) == {
+        "alice*->bob": {"activation": 15},
+        "bob->alice*": {"gradient": 4},
+        "alice*->alice*": {"weights": 15},
+        "bob->carol": {"activation": 1},
+        "malice1->alice": {"control": 2},
+    }
+
+
 def test_a_loaded_table_goes_on_where_it_was():
     ledger, resumed = Ledger(), Ledger()
     ledger.add("alice0", "bob", "activation", 10)

@@ -230,7 +230,7 @@ def test_the_tape_says_who_sent_what_to_whom():
 def test_a_role_has_the_parameters_of_all_its_segments_but_the_frozen():
     network = make_network(u_shaped(BLOCKS, [1, 3]))
     head, tail, body = (network.segments[name] for name in ("head", "tail", "body"))
-    assert network.segments_of("alice") == [head, tail]
+    assert network.segments_of("alice") == {"head": head, "tail": tail}
     assert [id(p) for p in network.parameters_of("alice")] == [id(p) for s in (head, tail) for p in s.parameters()]
     assert [id(p) for p in network.parameters_of("bob")] == [id(p) for p in body.parameters()]
     head.requires_grad_(False)

@@ -1,8 +1,11 @@
 """Rows: normalised as torchvision does it, split and dealt out, each once an epoch, in an order that changes."""
 
 import re
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from helpers import BLOCKS, differences, make_rows, train
 from torch.utils.data import Dataset, TensorDataset
@@ -12,7 +15,8 @@ from splitlearn.data import Source, SplitData
 from splitlearn.data.loader import EvalLoader, TurnLoader
 from splitlearn.data.rows import InMemory, Normalise, Streamed, load
 from splitlearn.layout import two_party, vertical
-from splitlearn.schedule import Sequential
+from splitlearn.partition import by_file, columns
+from splitlearn.schedule import Schedule
 
 CPU = torch.device("cpu")
 
@@ -50,13 +54,18 @@ def test_normalise_leaves_its_input_alone(dtype):
     assert torch.equal(x, torch.ones(2, 3, dtype=dtype))
 
 
-def test_columns_are_cut_side_by_side():
-    fields = Normalise(num_columns=2)(torch.arange(10.0).view(1, 1, 2, 5))
-    assert {name: field.tolist() for name, field in fields.items()} == {
-        "x0": [[[[0, 1, 2], [5, 6, 7]]]],
-        "x1": [[[[3, 4], [8, 9]]]],
-    }
+@pytest.mark.parametrize(("width", "num_shards"), [(5, 2), (6, 4)])
+def test_equal_blocks_are_the_tensors_that_torch_splits(width, num_shards):
+    x = torch.rand(3, 1, 2, width)
+    fields = Normalise(columns=columns(width, num_shards))(x)
+    expected = {f"x{i}": part for i, part in enumerate(x.tensor_split(num_shards, dim=-1))}
+    assert differences(fields, expected) == []
     assert all(field.is_contiguous() for field in fields.values())
+
+
+def test_columns_go_to_their_owners():
+    fields = Normalise([1.0], [2.0], [torch.tensor([3, 0]), torch.tensor([1])])(torch.tensor([[1.0, 3, 5, 7]]))
+    assert {name: field.tolist() for name, field in fields.items()} == {"x0": [[3, 0]], "x1": [[1]]}
 
 
 @pytest.mark.parametrize(
@@ -68,10 +77,6 @@ def test_columns_are_cut_side_by_side():
         (
             lambda: Normalise(*CIFAR)(torch.zeros(2, 1, 4, 4)),
             "3 values of `mean` or `std` do not fit inputs of shape [1, 4, 4]",
-        ),
-        (
-            lambda: Normalise(num_columns=7)(torch.zeros(2, 1, 4, 6)),
-            "`num_alices` (=7) must not exceed the 6 columns of the input",
         ),
         (
             lambda: InMemory(torch.zeros(3, 1), torch.zeros(2), Normalise()),
@@ -106,11 +111,11 @@ def make_pixels(num_rows=9):
     return x, torch.arange(num_rows) % 3
 
 
-@pytest.mark.parametrize("num_columns", [1, 2])
+@pytest.mark.parametrize("owned", [None, [torch.tensor([0, 1, 2]), torch.tensor([5, 3])]])
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_streamed_rows_are_those_in_memory_to_the_bit(num_columns, num_workers):
+def test_streamed_rows_are_those_in_memory_to_the_bit(owned, num_workers):
     x, y = make_pixels()
-    prepare = Normalise(*CIFAR, num_columns)
+    prepare = Normalise(*CIFAR, owned)
     batches = [torch.tensor(rows) for rows in ([8, 0, 3], [1, 2, 4], [7])]
     streams = [
         rows.stream(batches, CPU) for rows in (InMemory(x, y, prepare), Streamed(OneByOne(x, y), prepare, num_workers))
@@ -149,11 +154,12 @@ SHARDS = {
 
 
 def make_loader(shards=SHARDS, batch_size=3, seed=0):
-    return TurnLoader(None, shards, Sequential(list(shards)), None, batch_size, seed)
+    pace = SimpleNamespace(trainer=SimpleNamespace(current_epoch=0))
+    return TurnLoader(None, shards, Schedule(list(shards)), pace, batch_size, seed)
 
 
 def order(loader, epoch):
-    return [(taker, ids.tolist()) for step in loader.steps(epoch) for taker, ids in step.items()]
+    return [(taker, ids.tolist()) for step in loader.steps(epoch) for taker, ids in step.batches.items()]
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 7])
@@ -170,7 +176,7 @@ def test_each_row_is_trained_on_once_an_epoch_by_its_owner(epoch):
 def test_the_last_mini_batch_of_a_turn_is_short(batch_size, sizes):
     loader = make_loader(batch_size=batch_size)
     assert [len(ids) for _, ids in order(loader, 0)] == sizes
-    assert len(loader) == len(sizes)
+    assert len(loader.steps(0)) == len(sizes)
 
 
 def test_the_order_changes_with_the_epoch_and_the_seed_and_with_nothing_else():
@@ -196,6 +202,13 @@ def test_evaluation_takes_the_rows_as_they_come():
     assert [batch.ids.tolist() for batch in batches] == [[5, 1], [8, 0], [2]]
     assert len(loader) == 3
     assert all(torch.equal(b.fields["x"], x[b.ids]) and torch.equal(b.fields["y"], y[b.ids]) for b in batches)
+    assert all(batch.owners is None for batch in batches)
+
+
+def test_evaluation_says_whose_rows_it_takes():
+    owners = torch.tensor([0, 0, 1, 1, 2, 2])
+    loader = EvalLoader(InMemory(*make_rows(6), Normalise()), torch.tensor([5, 1, 2, 4]), 3, CPU, owners)
+    assert [batch.owners.tolist() for batch in loader] == [[2, 0, 1], [2]]
 
 
 def test_augmentation_draws_anew_in_every_mini_batch_and_the_same_in_every_run():
@@ -216,6 +229,9 @@ def test_augmentation_draws_anew_in_every_mini_batch_and_the_same_in_every_run()
 
 
 # SplitData
+
+
+THREE = ("alice0", "alice1", "alice2")
 
 
 def make_data(num_rows=20, num_tests=None, **settings):
@@ -244,21 +260,115 @@ def test_rows_are_split_into_training_validation_and_test(settings, sizes):
 
 
 def test_a_test_set_of_its_own_is_tested_on_and_leaves_all_rows_to_train():
-    data = make_data(num_tests=7, val_fraction=0.0, takers=("alice0", "alice1", "alice2"))
+    data = make_data(num_tests=7, val_fraction=0.0, takers=THREE)
     assert data.test_ids.tolist() == list(range(7))
     assert data.test_rows is not data.rows
     assert [len(shard) for shard in data.shards.values()] == [7, 7, 6]
+    assert data.owners.bincount().tolist() == [7, 7, 6]
     assert sorted(torch.cat(list(data.shards.values())).tolist()) == list(range(20))
 
 
-def test_shards_are_of_training_rows_whatever_the_partition():
-    def by_label(labels, num_shards, seed):
-        return [(labels == i).nonzero()[:, 0] for i in range(num_shards)]
+def by_label(labels, num_shards, seed):
+    return [(labels == i).nonzero()[:, 0] for i in range(num_shards)]
 
-    data = make_data(takers=("alice0", "alice1", "alice2"), partition=by_label)
+
+def test_shards_are_of_training_rows_whatever_the_partition():
+    data = make_data(takers=THREE, partition=by_label)
     assert [set((shard % 3).tolist()) for shard in data.shards.values()] == [{0}, {1}, {2}]
-    held_out = {*data.val_ids.tolist(), *data.test_ids.tolist()}
-    assert not held_out & set(torch.cat(list(data.shards.values())).tolist())
+    train_ids = torch.cat(list(data.shards.values())).tolist()
+    assert sorted([*data.val_ids.tolist(), *data.test_ids.tolist(), *train_ids]) == list(range(20))
+
+
+def test_a_partition_deals_all_rows_and_those_held_out_keep_their_owners():
+    seen = []
+
+    def deal(labels, num_shards, seed):
+        seen.extend(labels.tolist())
+        return by_label(labels, num_shards, seed)
+
+    data = make_data(takers=THREE, partition=deal)
+    assert seen == [i % 3 for i in range(20)]
+    assert data.owners.tolist() == data.labels.tolist() == [i % 3 for i in range(20)]
+
+
+def test_which_rows_are_held_out_does_not_depend_on_the_partition():
+    first, second, alone = make_data(takers=THREE), make_data(takers=THREE, partition=by_label), make_data()
+    assert first.val_ids.tolist() == second.val_ids.tolist() == alone.val_ids.tolist()
+    assert first.test_ids.tolist() == second.test_ids.tolist() == alone.test_ids.tolist()
+    assert first.owners.tolist() != second.owners.tolist()
+
+
+def test_the_rows_of_a_file_are_numbered_as_the_source_numbers_them(tmp_path):
+    path = tmp_path / "parties.csv"
+    path.write_text("id,party\n" + "".join(f"{i},alice{int(i < 15)}\n" for i in range(20)))
+    data = make_data(num_tests=4, takers=("alice0", "alice1"), partition=partial(by_file, path=path))
+    assert set(data.shards["alice0"].tolist()) == set(range(15, 20)) - set(data.val_ids.tolist())
+    assert set(data.shards["alice1"].tolist()) == set(range(15)) - set(data.val_ids.tolist())
+
+
+def test_evaluation_knows_owners_unless_the_test_set_is_nobodys():
+    def owners(loader):
+        return [batch.owners for batch in loader]
+
+    for num_tests in (None, 7):
+        data = make_data(num_tests=num_tests, takers=THREE, partition=by_label, val_fraction=0.3)
+        data.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        assert torch.equal(torch.cat(owners(data.val_dataloader())), data.val_ids % 3)
+        tested = owners(data.test_dataloader())
+        assert torch.equal(torch.cat(tested), data.test_ids % 3) if num_tests is None else tested == [None]
+
+
+def test_labels_are_known_in_memory_and_where_the_data_set_tells_them():
+    x, y = torch.zeros(20, 1), torch.arange(20) % 3
+    told, silent = OneByOne(x, y), OneByOne(x, y)
+    told.targets = y.tolist()
+
+    def labels(dataset, in_memory):
+        return SplitData(Source(dataset, None, 3), in_memory=in_memory).labels.tolist()
+
+    assert labels(told, True) == labels(told, False) == labels(silent, True) == y.tolist()
+    assert labels(silent, False) == [-1] * 20
+
+
+def test_standardised_columns_have_mean_0_and_deviation_1_over_the_training_rows():
+    x = torch.stack([torch.arange(20.0) * 3 + 100, torch.full((20,), 7.0)], dim=1)
+    source = Source(TensorDataset(x, torch.arange(20) % 3), None, 3)
+    data = SplitData(source, standardise=True)
+    seen = data.rows.fields["x"][data.shards["alice0"]]
+    assert seen[:, 0].mean().item() == pytest.approx(0, abs=1e-6)
+    assert seen[:, 0].std(correction=0).item() == pytest.approx(1)
+    assert seen[:, 1].tolist() == [0] * 14
+    given = {"mean": x[data.shards["alice0"]].mean(0).tolist(), "std": x[data.shards["alice0"]].std(0, False).tolist()}
+    given["std"][1] = 1.0
+    assert torch.allclose(data.rows.fields["x"], SplitData(source, **given).rows.fields["x"])
+
+
+def test_standardised_pixels_are_normalised_by_channel():
+    x, y = make_pixels(20)
+    train_ids = SplitData(Source(TensorDataset(x, y), None, 3)).shards["alice0"]
+    seen = SplitData(Source(TensorDataset(x, y), None, 3), standardise=True).rows.fields["x"][train_ids]
+    assert seen.mean((0, 2, 3)).tolist() == pytest.approx([0] * 3, abs=1e-5)
+    assert seen.std((0, 2, 3), correction=0).tolist() == pytest.approx([1] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "settings", "why"),
+    [
+        (OneByOne(*make_pixels(20)), {}, "these data are not held as tensors"),
+        (TensorDataset(*make_pixels(20)), {"mean": [0.5], "std": [0.5]}, "`data.mean` is given too"),
+    ],
+)
+def test_what_cannot_be_standardised_is_refused(dataset, settings, why):
+    with refuses(f"`data.standardise` (=True) cannot be, since {why}: give `data.mean` and `data.std` alone"):
+        SplitData(Source(dataset, None, 3), standardise=True, **settings)
+
+
+def test_columns_are_owned_as_the_source_names_them():
+    x, y = torch.arange(60.0).view(20, 3), torch.arange(20) % 3
+    source = Source(TensorDataset(x, y), None, 3, ["age", "weight", "pressure"])
+    fields = SplitData(source, ("alices",), 2, columns=[["pressure"], ["age", 1]]).rows.fields
+    assert torch.equal(fields["x0"], x[:, [2]])
+    assert torch.equal(fields["x1"], x[:, [0, 1]])
 
 
 def test_a_sample_is_of_training_rows_and_repeats_a_single_one():
@@ -266,6 +376,9 @@ def test_a_sample_is_of_training_rows_and_repeats_a_single_one():
     only = data.shards["alice0"].item()
     assert data.sample(3)["x"].tolist() == [[only]] * 3
     assert data.sample(3)["y"].tolist() == [only % 3] * 3
+
+
+HELD_OUT = int(torch.cat([make_data().val_ids, make_data().test_ids]).min())  # the first row that is not trained on
 
 
 @pytest.mark.parametrize(
@@ -282,13 +395,33 @@ def test_a_sample_is_of_training_rows_and_repeats_a_single_one():
         ),
         ({"val_fraction": 0.6, "test_fraction": 0.4}, "20 rows cannot be split into a test share of 0.4, a validation"),
         (
-            {"takers": [f"alice{i}" for i in range(15)]},
-            "`num_alices` (=15) must lie between 1 and the number of training",
+            {"takers": [f"alice{i}" for i in range(21)]},
+            "`num_alices` (=21) must lie between 1 and the number of training",
         ),
         (
-            {"takers": ("alice0", "alice1"), "partition": lambda labels, n, seed: [torch.arange(3), torch.arange(0)]},
-            "`partition` gives alice1 no training row: take fewer Alices or another partition",
+            {
+                "takers": [f"alice{i}" for i in range(20)],
+                "partition": lambda labels, n, seed: torch.arange(20).split(1),
+            },
+            f"alice{HELD_OUT} has no training row: of 1 that `partition` deals her, all are held out; take fewer",
         ),
+        (
+            {"takers": ("alice0", "alice1"), "partition": lambda labels, n, seed: [torch.arange(20), torch.arange(0)]},
+            "alice1 has no training row: of 0 that `partition` deals her",
+        ),
+        (
+            {"takers": ("alice0", "alice1"), "partition": lambda labels, n, seed: [torch.arange(20), torch.arange(3)]},
+            "`partition` deals 23 rows, 20 different ones: it must give each of the rows 0..19 to exactly one party",
+        ),
+        (
+            {"partition": lambda labels, n, seed: [torch.arange(20) + 1]},
+            "`partition` deals 20 rows, 20 different ones: it must give each of the rows 0..19 to exactly one party",
+        ),
+        (
+            {"columns": [[0]]},
+            "`data.columns` (=[[0]]) fits the layouts vertical and extended_vanilla, where each Alice owns some: take",
+        ),
+        ({"num_columns": 2}, "`num_alices` (=2) must not exceed the 1 columns of the input"),
         (
             {"augment": lambda x, generator: x, "num_columns": 2},
             "`data.augment` needs the whole input: owners of columns would each crop theirs differently",
@@ -298,6 +431,24 @@ def test_a_sample_is_of_training_rows_and_repeats_a_single_one():
 def test_settings_that_cannot_be_are_refused(settings, message):
     with refuses(message):
         make_data(**settings)
+
+
+def test_a_checkpoint_knows_whose_rows_and_columns_were_trained_on():
+    """Two Alices who get a row of the other's, with all rows in the same order, are another run."""
+
+    def cut(at):
+        return lambda labels, n, seed: list(torch.arange(20).split([at, 20 - at]))
+
+    def columns_of(*blocks):
+        x, y = torch.zeros(20, 3), torch.arange(20) % 3
+        return SplitData(Source(TensorDataset(x, y), None, 3), ("alices",), 2, columns=blocks).kind
+
+    two = {"takers": ("alice0", "alice1"), "num_tests": 1, "val_fraction": 0.0}
+    kinds = [make_data(**two, partition=cut(at)).kind for at in (9, 10, 9)]
+    kinds += [columns_of([0], [1, 2]), columns_of([0], [2, 1]), columns_of([0], [1, 2])]
+    assert kinds[0] == kinds[2]
+    assert kinds[3] == kinds[5]
+    assert len(set(kinds)) == 4
 
 
 @pytest.mark.parametrize(("labels", "low", "high"), [([0, 1, 3], 0, 3), ([-1, 0, 1], -1, 1)])
@@ -311,5 +462,5 @@ def test_labels_out_of_range_are_refused(labels, low, high):
 
 def test_owners_of_columns_train_on_all_rows_at_once():
     run = train(vertical(BLOCKS, 1, num_alices=2), epochs=1)
-    assert [list(step) for step in run.steps[0]] == [["alices"]] * 5
-    assert sorted(torch.cat([ids for step in run.steps[0] for ids in step.values()]).tolist()) == list(range(19))
+    assert [list(step.batches) for step in run.steps[0]] == [["alices"]] * 5
+    assert sorted(torch.cat([step.batches["alices"] for step in run.steps[0]]).tolist()) == list(range(19))

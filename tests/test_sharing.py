@@ -1,117 +1,376 @@
-"""What a hand-over does to weights and optimizer, message by message."""
+"""What each sharing does to weights and optimizer, message by message, on a bottom of one linear layer and batch norm."""
 
 import pytest
 import torch
 from helpers import Recorder
 from torch import nn
 
-from splitlearn.sharing import Handoff
+from splitlearn.live import Live
+from splitlearn.sharing import Average, Handoff, MeanGradient, Personal, Shared
 from splitlearn.wire import Wire
 
+WEIGHTS = 4 * (4 + 2 + 2 + 2 + 2 + 2) + 8  # weights, batch norm's, its statistics, its counter of mini-batches
+TRAINED = 4 * (4 + 2 + 2 + 2)
+BUFFERS = WEIGHTS - TRAINED
+ADAM = 2 * TRAINED + 4 * 4  # two moments, and a step count for each of four parameters
 
-def make(optimizer=torch.optim.Adam):
-    """A bottom with batch norm, after one step: 4 + 2 weights, 2 + 2 of batch norm, its statistics and counter."""
+
+def make_live(optimizer=torch.optim.Adam, taps=(), role="alice"):
+    """After one step, so that there is a state."""
     torch.manual_seed(0)
     bottom = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    return bottom, step(bottom, optimizer(bottom.parameters(), lr=0.1))
-
-
-def step(bottom, optimizer):
-    bottom.zero_grad()
-    bottom(torch.tensor([[1.0, 2.0], [3.0, 5.0]])).square().sum().backward()
-    optimizer.step()
-    return optimizer
-
-
-def hand_over(sharing, bottom, optimizer, giver="alice0", taker="alice1", taps=()):
     wire = Wire()
     wire.taps = list(taps)
-    sharing.hand_over([bottom], optimizer, wire, giver, taker)
-    return wire.ledger.table()
+    live = Live(role, {"bottom": bottom}, wire, optimizer and optimizer(bottom.parameters(), lr=0.1))
+    if optimizer:
+        step(live)
+    return live
 
 
-WEIGHTS = 4 * (4 + 2 + 2 + 2 + 2 + 2) + 8
+def step(live):
+    bottom = live.segments["bottom"]
+    bottom.zero_grad()
+    bottom(torch.tensor([[1.0, 2.0], [3.0, 5.0]])).square().sum().backward()
+    live.optimizer.step()
 
 
-def test_weights_and_buffers_cross_as_they_are():
-    bottom, optimizer = make()
-    ear, before = Recorder("alice1"), {name: value.clone() for name, value in bottom.state_dict().items()}
-    assert hand_over(Handoff("reset"), bottom, optimizer, taps=[ear]) == {"alice0->alice1": {"weights": WEIGHTS}}
-    arrived = [message.tensor for message in ear.messages]
-    assert all(torch.equal(*pair) for pair in zip(arrived, before.values(), strict=True))
-    assert all(torch.equal(value, before[name]) for name, value in bottom.state_dict().items())
+def fill(live, value):
+    """What an Alice's training makes of the weights."""
+    with torch.no_grad():
+        for tensor in live.weights.values():
+            tensor.fill_(value)
 
 
-def test_the_taker_gets_what_the_giver_sends():
-    class Ones:
-        party = "alice0"
+def values(tensors):
+    """The one value that all of these hold."""
+    (value,) = {value for tensor in tensors.values() for value in tensor.flatten().tolist()}
+    return value
 
-        def hear(self, message):
-            return torch.ones_like(message.tensor)
 
-    bottom, optimizer = make()
-    parameters = list(bottom.parameters())
-    hand_over(Handoff("reset"), bottom, optimizer, taps=[Ones()])
-    assert all(torch.equal(value, torch.ones_like(value)) for value in bottom.state_dict().values())
-    assert all(a is b for a, b in zip(parameters, bottom.parameters(), strict=True))
+def copied(tensors):
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def steps_done(live):
+    return [state["step"].item() for state in live.optimizer.state.values()]
+
+
+def take_turns(sharing, live, *alices, num_rows=1):
+    for alice in alices:
+        sharing.take(live, alice)
+        sharing.give(live, alice, num_rows)
+
+
+def test_shared_moves_nothing():
+    live = make_live()
+    before, state = copied(live.weights), copied(live.state)
+    sharing = Shared()
+    take_turns(sharing, live, "alice0", "alice1")
+    sharing.end_round(live)
+    sharing.show(live)
+    sharing.hide(live)
+    assert same(live.weights, before)
+    assert same(live.state, state)
+    assert live.wire.ledger.table() == {}
+
+
+def test_weights_and_buffers_are_handed_over_as_they_are():
+    ear = Recorder("alice1")
+    live = make_live(taps=[ear])
+    before = copied(live.weights)
+    take_turns(Handoff("reset"), live, "alice0", "alice1")
+    assert live.wire.ledger.table() == {"alice0->alice1": {"weights": WEIGHTS}}
+    assert all(torch.equal(m.tensor, v) for m, v in zip(ear.messages, before.values(), strict=True))
+    assert same(live.weights, before)
+
+
+def test_nothing_is_handed_over_to_oneself():
+    live = make_live()
+    take_turns(Handoff("reset"), live, "alice0", "alice0", "alice0")
+    assert live.wire.ledger.table() == {}
+    assert steps_done(live) == [1] * 4
+
+
+class Ones:
+    """A tap that sends ones in place of everything."""
+
+    def __init__(self, party):
+        self.party = party
+
+    def hear(self, message):
+        return torch.ones_like(message.tensor) if message.src == self.party else None
+
+
+@pytest.mark.parametrize(("handoff", "sender"), [("peer", "alice0"), ("server", "alice0"), ("server", "server")])
+def test_the_taker_gets_what_the_giver_sends(handoff, sender):
+    live = make_live(taps=[Ones(sender)])
+    parameters = list(live.segments["bottom"].parameters())
+    take_turns(Handoff("carry", handoff), live, "alice0", "alice1")
+    assert values(live.weights) == values(live.state) == 1
+    assert all(a is b for a, b in zip(parameters, live.segments["bottom"].parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "num_bytes"),
-    [(torch.optim.Adam, 2 * 4 * 10 + 4 * 4), (torch.optim.SGD, None)],
+    ("optimizer", "costs"),
+    [(torch.optim.Adam, {"weights": WEIGHTS, "optimizer_state": ADAM}), (torch.optim.SGD, {"weights": WEIGHTS})],
     ids=["two moments and a step count each", "no state"],
 )
-def test_carry_takes_the_optimizer_state_along_and_counts_it(optimizer, num_bytes):
-    bottom, optimizer = make(optimizer)
-    costs = {"weights": WEIGHTS} if num_bytes is None else {"weights": WEIGHTS, "optimizer_state": num_bytes}
-    before = [value.clone() for state in optimizer.state.values() for value in state.values() if value is not None]
-    assert hand_over(Handoff("carry"), bottom, optimizer) == {"alice0->alice1": costs}
-    after = [value for state in optimizer.state.values() for value in state.values() if value is not None]
-    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+@pytest.mark.parametrize(
+    ("handoff", "ways"), [("peer", ["alice0->alice1"]), ("server", ["alice0->server", "server->alice1"])]
+)
+def test_carry_takes_the_optimizer_state_along_and_counts_it(optimizer, costs, handoff, ways):
+    live = make_live(optimizer)
+    before = copied(live.state)
+    take_turns(Handoff("carry", handoff), live, "alice0", "alice1")
+    assert live.wire.ledger.table() == dict.fromkeys(ways, costs)
+    assert same(live.state, before)
 
 
 def test_reset_leaves_no_state_and_all_options():
-    bottom, optimizer = make()
-    hand_over(Handoff("reset"), bottom, optimizer)
-    assert not optimizer.state
-    assert optimizer.param_groups[0]["lr"] == 0.1
-    before = bottom[0].weight.clone()
-    step(bottom, optimizer)
-    assert not torch.equal(bottom[0].weight, before)
+    live = make_live()
+    take_turns(Handoff("reset"), live, "alice0", "alice1")
+    assert not live.optimizer.state
+    assert live.optimizer.param_groups[0]["lr"] == 0.1
+    before = copied(live.weights)
+    step(live)
+    assert not torch.equal(live.weights["bottom.0.weight"], before["bottom.0.weight"])
 
 
-def test_keep_gives_each_alice_her_own_back():
-    def steps_done():
-        return [state["step"].item() for state in optimizer.state.values()]
-
-    bottom, optimizer = make()
-    sharing = Handoff("keep")
-    step(bottom, optimizer)
-    assert steps_done() == [2] * 4
-    assert hand_over(sharing, bottom, optimizer) == {"alice0->alice1": {"weights": WEIGHTS}}
-    assert steps_done() == []
-    step(bottom, optimizer)
-    hand_over(sharing, bottom, optimizer, "alice1", "alice0")
-    assert steps_done() == [2] * 4
-    hand_over(sharing, bottom, optimizer, "alice0", "alice1")
-    assert steps_done() == [1] * 4
-
-
-def test_what_each_alice_keeps_survives_a_checkpoint(tmp_path):
-    bottom, optimizer = make()
-    sharing, resumed = Handoff("keep"), Handoff("keep")
-    hand_over(sharing, bottom, optimizer)
-    torch.save(sharing.state_dict(), tmp_path / "ckpt")
-    resumed.load_state_dict(torch.load(tmp_path / "ckpt", weights_only=True))
-    hand_over(resumed, bottom, optimizer, "alice1", "alice0")
-    assert [state["step"].item() for state in optimizer.state.values()] == [1] * 4
+@pytest.mark.parametrize("sharing", [Handoff("keep"), Average("keep"), Personal()], ids=lambda s: type(s).__name__)
+def test_keep_gives_each_alice_her_own_state_back(sharing):
+    live = make_live()
+    live.optimizer.state.clear()
+    numbers = []
+    for alice in ("alice0", "alice1", "alice0", "alice2", "alice1", "alice0"):
+        sharing.take(live, alice)
+        step(live)
+        sharing.give(live, alice, 1)
+        sharing.end_round(live)
+        numbers.append(steps_done(live))
+    assert numbers == [[n] * 4 for n in (1, 1, 2, 1, 2, 3)]
 
 
 @pytest.mark.parametrize("policy", ["carry", "reset", "keep"])
-def test_a_bottom_with_nothing_to_train_is_handed_over_without_an_optimizer(policy):
-    assert hand_over(Handoff(policy), make()[0], None) == {"alice0->alice1": {"weights": WEIGHTS}}
+@pytest.mark.parametrize("kind", [Handoff, Average])
+def test_weights_with_nothing_to_train_move_without_an_optimizer(kind, policy):
+    live, sharing = make_live(None), kind(policy)
+    take_turns(sharing, live, "alice0", "alice1")
+    sharing.end_round(live)
+    kinds = {kind for way in live.wire.ledger.table().values() for kind in way}
+    assert kinds == {"weights"}
 
 
-def test_there_are_three_policies():
-    with pytest.raises(ValueError, match=r"^`optimizer_state` \(=drop\) must be one of carry, reset, keep$"):
-        Handoff("drop")
+def test_an_average_starts_everybody_alike_and_counts_samples():
+    """1 row that makes all weights 10, and 3 rows that make them 2: their mean is 4, and the larger count stays."""
+    live = make_live()
+    sharing, before = Average(), copied(live.weights)
+    for alice, value, num_rows in (("alice0", 10, 1), ("alice1", 2, 3)):
+        sharing.take(live, alice)
+        assert same(live.weights, before)
+        assert live.state == {}
+        fill(live, value)
+        sharing.give(live, alice, num_rows)
+    sharing.end_round(live)
+    count = live.weights.pop("bottom.1.num_batches_tracked")
+    assert values(live.weights) == 4
+    assert (count.item(), count.dtype) == (10, torch.int64)
+    both_ways = {"server->{}": {"weights": WEIGHTS}, "{}->server": {"weights": WEIGHTS}}
+    assert live.wire.ledger.table() == {
+        way.format(alice): costs for alice in ("alice0", "alice1") for way, costs in both_ways.items()
+    }
+
+
+def test_a_uniform_average_counts_alices():
+    live, sharing = make_live(), Average(weighting="uniform")
+    for alice, value, num_rows in (("alice0", 10, 1), ("alice1", 2, 3)):
+        sharing.take(live, alice)
+        fill(live, value)
+        sharing.give(live, alice, num_rows)
+    sharing.end_round(live)
+    assert values({name: tensor for name, tensor in live.weights.items() if "num_batches" not in name}) == 6
+
+
+def test_the_next_round_starts_from_the_mean():
+    live, sharing = make_live(), Average()
+    for start in (None, 2, 4):
+        for alice, more in (("alice0", 1), ("alice1", 3)):
+            sharing.take(live, alice)
+            if start is not None:
+                assert values({n: t for n, t in live.weights.items() if "num_batches" not in n}) == start
+            fill(live, (start or 0) + more)
+            sharing.give(live, alice, 5)
+        sharing.end_round(live)
+
+
+def test_carry_averages_the_optimizer_state_and_counts_it_once_there_is_one():
+    live, sharing = make_live(), Average("carry")
+    for alice, value, num_rows in (("alice0", 10, 1), ("alice1", 2, 3)):
+        sharing.take(live, alice)
+        assert live.state == {}
+        step(live)
+        for tensor in live.state.values():
+            tensor.fill_(value)
+        sharing.give(live, alice, num_rows)
+    sharing.end_round(live)
+    up = {"weights": WEIGHTS, "optimizer_state": ADAM}
+    assert live.wire.ledger.table() == {
+        "server->alice0": {"weights": WEIGHTS},
+        "alice0->server": up,
+        "server->alice1": {"weights": WEIGHTS},
+        "alice1->server": up,
+    }
+    sharing.take(live, "alice1")
+    assert live.wire.ledger.table()["server->alice1"] == {"weights": 2 * WEIGHTS, "optimizer_state": ADAM}
+    assert {name.partition("/")[2]: tensor.flatten()[0].item() for name, tensor in live.state.items()} == {
+        "step": 10,  # a count is not averaged
+        "exp_avg": 4,
+        "exp_avg_sq": 4,
+    }
+    assert all(key.dtype == torch.float32 for key in live.state.values())
+
+
+def test_the_parts_that_one_party_plays_are_averaged_at_home():
+    live, sharing = make_live(role="bob"), Average("carry")
+    take_turns(sharing, live, "alice0", "alice1")
+    sharing.end_round(live)
+    assert live.wire.ledger.table() == {}
+
+
+def test_in_the_middle_of_a_round_evaluation_sees_what_it_started_from():
+    live, sharing = make_live(), Average()
+    start = copied(live.weights)
+    sharing.take(live, "alice0")
+    fill(live, 7)
+    sharing.show(live)
+    assert same(live.weights, start)
+    sharing.hide(live)
+    assert values(live.weights) == 7
+
+
+def test_before_the_first_round_there_is_nothing_to_show():
+    for sharing in (Shared(), Handoff(), Average(), MeanGradient(), Personal()):
+        live = make_live()
+        before = copied(live.weights)
+        sharing.show(live)
+        assert same(live.weights, before)
+        sharing.hide(live)
+        assert same(live.weights, before)
+
+
+def test_gradients_and_statistics_are_averaged_and_weights_stay():
+    """1 row of gradient 10 and 3 rows of gradient 2: their mean is 4. Statistics likewise, counters take the largest."""
+    live, sharing = make_live(), MeanGradient()
+    before = copied(live.weights)
+    for alice, value, num_rows in (("alice0", 10, 1), ("alice1", 2, 3)):
+        sharing.take(live, alice)
+        assert same(live.buffers, {name: before[name] for name in live.buffers})
+        for parameter in live.trained.values():
+            parameter.grad = torch.full_like(parameter, value)
+        for buffer in live.buffers.values():
+            buffer.fill_(value)
+        sharing.give(live, alice, num_rows)
+    sharing.end_round(live)
+    assert values(live.gradients) == 4
+    assert {name: tensor.flatten()[0].item() for name, tensor in live.buffers.items()} == {
+        "bottom.1.running_mean": 4,
+        "bottom.1.running_var": 4,
+        "bottom.1.num_batches_tracked": 10,
+    }
+    assert same(live.trained, {name: before[name] for name in live.trained})
+    costs = {"weight_gradient": TRAINED, "weights": BUFFERS}
+    ways = ("alice0->server", "alice1->server", "server->alice0", "server->alice1")
+    assert live.wire.ledger.table() == dict.fromkeys(ways, costs)
+
+
+def test_a_uniform_mean_of_gradients_counts_alices():
+    live, sharing = make_live(), MeanGradient("uniform")
+    for alice, value, num_rows in (("alice0", 10, 1), ("alice1", 2, 3)):
+        sharing.take(live, alice)
+        for parameter in live.trained.values():
+            parameter.grad = torch.full_like(parameter, value)
+        sharing.give(live, alice, num_rows)
+    sharing.end_round(live)
+    assert values(live.gradients) == 6
+
+
+def test_each_has_weights_of_her_own_and_all_begin_alike():
+    live, sharing = make_live(), Personal()
+    first = copied(live.weights)
+    for alice, value in (("alice0", 1), ("alice1", 2), ("alice2", 3)):
+        sharing.take(live, alice)
+        assert same(live.weights, first)
+        fill(live, value)
+    for alice, value in (("alice1", 2), ("alice0", 1), ("alice2", 3), ("alice2", 3)):
+        sharing.take(live, alice)
+        assert values(live.weights) == value
+    assert live.wire.ledger.table() == {}
+
+
+def test_looking_at_everybodys_weights_gives_the_turn_back():
+    live, sharing = make_live(), Personal()
+    for alice, value in (("alice0", 1), ("alice1", 2)):
+        sharing.take(live, alice)
+        fill(live, value)
+    sharing.show(live)
+    for alice, value in (("alice0", 1), ("alice1", 2)):
+        sharing.take(live, alice)
+        assert values(live.weights) == value
+    sharing.take(live, "alice0")
+    sharing.hide(live)
+    assert values(live.weights) == 2
+    assert sharing.holder == "alice1"
+
+
+KINDS = {
+    "handoff": lambda: Handoff("keep"),
+    "average, keep": lambda: Average("keep"),
+    "average, carry": lambda: Average("carry"),
+    "mean gradient": MeanGradient,
+    "personal": Personal,
+}
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_a_checkpoint_between_two_turns_goes_on_alike(make, tmp_path):
+    def turn(sharing, live, alice):
+        sharing.take(live, alice)
+        step(live)
+        sharing.give(live, alice, len(alice))
+
+    def go_on(sharing, live):
+        turn(sharing, live, "alice10")
+        sharing.end_round(live)
+        turn(sharing, live, "alice0")
+        return copied(live.weights), copied(live.state)
+
+    first, sharing = make_live(), make()
+    turn(sharing, first, "alice0")
+    state = [sharing.state_dict(), first.segments["bottom"].state_dict(), first.optimizer.state_dict()]
+    torch.save(state, tmp_path / "ckpt")
+    saved, weights, optimizer = torch.load(tmp_path / "ckpt", weights_only=True)
+    resumed, other = make_live(), make()
+    resumed.segments["bottom"].load_state_dict(weights)
+    resumed.optimizer.load_state_dict(optimizer)
+    other.load_state_dict(saved)
+    for mine, theirs in zip(go_on(sharing, first), go_on(other, resumed), strict=True):
+        assert same(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda: Handoff("drop"), "`optimizer_state` (=drop) must be one of carry, reset, keep"),
+        (lambda: Handoff(handoff="post"), "`handoff` (=post) must be one of peer, server"),
+        (lambda: Average("drop"), "`optimizer_state` (=drop) must be one of carry, reset, keep"),
+        (lambda: Average(weighting="age"), "`weighting` (=age) must be one of samples, uniform"),
+        (lambda: MeanGradient("age"), "`weighting` (=age) must be one of samples, uniform"),
+    ],
+)
+def test_settings_are_few(make, error):
+    with pytest.raises(ValueError) as raised:
+        make()
+    assert str(raised.value) == error

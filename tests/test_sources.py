@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset, TensorDataset
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST
 
+from splitlearn.data import Source
 from splitlearn.data.sources import cifar10, cifar100, datasets, digits, fashion_mnist, image_folder, mnist
 
 IDX = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
@@ -67,7 +68,7 @@ def write_classes(root: Path, *folders: str) -> Path:
 
 
 def test_digits():
-    train, test, num_classes = digits()
+    train, test, num_classes, _ = digits()
     x, y = train.tensors
     assert (x.shape, x.dtype, y.dtype) == ((1797, 1, 8, 8), torch.float32, torch.int64)
     assert (x.min(), x.max(), sorted(set(y.tolist()))) == (0, 1, list(range(10)))
@@ -78,7 +79,7 @@ def test_digits():
 @pytest.mark.parametrize(("source", "name"), [(mnist, "MNIST"), (fashion_mnist, "FashionMNIST")])
 def test_idx_files_come_as_they_are(tmp_path, source, name):
     arrays = write_idx(tmp_path / name / "raw")
-    train, test, num_classes = source(str(tmp_path))
+    train, test, num_classes, _ = source(str(tmp_path))
     for part, prefix in ((train, "train"), (test, "t10k")):
         x, y = part.tensors
         assert (x.dtype, y.dtype) == (torch.uint8, torch.int64)
@@ -195,7 +196,7 @@ def test_damaged_cifar_names_folder_and_file(tmp_path, monkeypatch, name):
 
 def test_train_and_test_folders(tmp_path):
     write_classes(tmp_path, "train/dog", "train/cat", "test/dog", "test/cat")
-    train, test, num_classes = image_folder(tmp_path)
+    train, test, num_classes, _ = image_folder(tmp_path)
     assert (len(train), len(test), num_classes) == (4, 4, 2)
     x, label = train[3]
     assert (x.shape, x.dtype, label) == ((3, 6, 4), torch.uint8, 1)
@@ -307,12 +308,12 @@ PAIR = (torch.zeros(1, 2, 2), 1)
 )
 def test_classes_are_counted(attributes):
     train = Own([PAIR], **attributes)
-    assert datasets(train) == (train, None, 3)
+    assert datasets(train) == Source(train, None, 3)
 
 
 def test_num_classes_may_be_given():
     train, test = TensorDataset(torch.zeros(3, 1, 2, 2), torch.tensor([0, 1, 2])), Own([PAIR])
-    assert datasets(train, test, num_classes=5) == (train, test, 5)
+    assert datasets(train, test, num_classes=5) == Source(train, test, 5)
 
 
 @pytest.mark.parametrize(

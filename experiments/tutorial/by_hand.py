@@ -25,7 +25,7 @@ from splitlearn.data.sources import digits, mnist
 from splitlearn.layout import two_party
 from splitlearn.models import mlp
 from splitlearn.network import SplitNetwork
-from splitlearn.schedule import Sequential
+from splitlearn.schedule import Schedule
 from splitlearn.wire import Wire
 
 
@@ -73,8 +73,8 @@ def split(data: SplitData) -> SplitNetwork:
 
 def batches(data: SplitData, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the images and labels of each mini-batch, in the order in which Lightning has them."""
-    loader = TurnLoader(data.rows, data.shards, Sequential(["alice0"]), pace=None, batch_size=data.batch_size)
-    for fields in data.rows.stream((step["alice0"] for step in loader.steps(epoch)), torch.device("cpu")):
+    loader = TurnLoader(data.rows, data.shards, Schedule(["alice0"]), pace=None, batch_size=data.batch_size)
+    for fields in data.rows.stream((step.batches["alice0"] for step in loader.steps(epoch)), torch.device("cpu")):
         yield fields["x"], fields["y"]
 
 

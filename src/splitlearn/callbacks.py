@@ -1,4 +1,4 @@
-"""What watches a run: the progress bar, results.json, TensorBoard, and Ctrl-C."""
+"""What goes with a run: the progress bar, results.json, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
-from torch import Tensor
-from torch.nn import functional as F
-from torchvision.utils import make_grid
 
 from splitlearn.drawing import draw
 from splitlearn.learner import SplitLearner
+from splitlearn.watch import Watch as Watch
 
 
 class ProgressBar(TQDMProgressBar):
@@ -56,12 +53,13 @@ class Drawing(Callback):
         rows = trainer.precision_plugin.convert_input(data.sample())
         with trainer.precision_plugin.forward_context():
             fields = {name: field.to(learner.device) for name, field in rows.items()}
-            print(draw(learner.network, fields, data.batch_size, learner.schedule.takers), flush=True)
+            print(draw(learner.network, fields, data.batch_size, learner.schedule), flush=True)
 
 
 class Results(Callback):
     """Keeps `results.json`: the epochs so far, the test, the bytes of training, the seconds. Survives a resume.
 
+    Each epoch has its losses and metrics, and what they had cost by its end: all bytes of training, seconds, steps.
     Written after every epoch, after training and the test, and when the run breaks off.
     """
 
@@ -91,7 +89,12 @@ class Results(Callback):
         self.validated = _measured(trainer, "val/")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
-        epoch = {"epoch": trainer.current_epoch, "train/loss": learner.mean_loss, **self.validated}
+        cost = {
+            "bytes": sum(learner.ledger.num_bytes.values()),
+            "seconds": round(self.seconds, 3),
+            "step": trainer.global_step,
+        }
+        epoch = {"epoch": trainer.current_epoch, "train/loss": learner.mean_loss, **self.validated, **cost}
         self.epochs = [*self.epochs[: trainer.current_epoch], epoch]
         self.write(learner)
 
@@ -168,57 +171,6 @@ class Interrupt(Callback):
             self.before = None
 
 
-class Watch(Callback):
-    """Writes to TensorBoard what a split run has that others have not.
-
-    Every `log_every_n_steps` mini-batches the loss, and by role the learning rate and the gradient's norm (after
-    clipping), and the bytes so far by direction and kind; after the first epoch and every `every_n_epochs` a histogram
-    of what crosses each cut, and a sheet of inputs beside it.
-
-    Arguments:
-        num_images: the rows of the data on the sheet.
-        every_n_epochs: between two sheets.
-    """
-
-    content_with_stretches = True
-
-    def __init__(self, num_images: int = 8, every_n_epochs: int = 5) -> None:
-        self.num_images, self.every_n_epochs = num_images, every_n_epochs
-
-    def on_train_batch_end(self, trainer: pl.Trainer, learner: SplitLearner, *_: Any) -> None:  # type: ignore[override]
-        step = trainer.global_step
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not trainer.loggers or not every or step % every:
-            return
-        scalars = {"train/loss_step": learner.last_loss}
-        for role, optimizer in learner.stepper.optimizers.items():
-            scalars[f"lr/{role}"] = optimizer.param_groups[0]["lr"]
-            scalars[f"grad_norm/{role}"] = float(_norm(learner.network.parameters_of(role)))
-        for pair, kinds in learner.ledger.table().items():
-            scalars.update({f"bytes/{pair}/{kind}": float(num_bytes) for kind, num_bytes in kinds.items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=step)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        self.fields = data.sample(self.num_images) if hasattr(data, "sample") else None
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
-        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, pl.loggers.TensorBoardLogger)]
-        if not writers or self.fields is None or trainer.current_epoch % self.every_n_epochs:
-            return
-        fields = {name: field.to(learner.device) for name, field in self.fields.items()}
-        with trainer.precision_plugin.forward_context():
-            tape, _ = learner.network.look(fields)
-        crossed = {f"{hop.sender}->{hop.receiver}": hop.received.float().cpu() for hop in tape}
-        seen = {**{name: field.float().cpu() for name, field in fields.items() if name != "y"}, **crossed}
-        for writer in writers:
-            for name, value in crossed.items():
-                writer.add_histogram(f"smashed/{name}", value, trainer.global_step)
-            sheet = torch.cat([_strip(value) for value in seen.values()], dim=1)
-            writer.add_image("inputs above what crosses", sheet, trainer.global_step)
-
-
 def _measured(trainer: pl.Trainer, prefix: str) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
 
@@ -230,17 +182,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _strip(value: Tensor) -> Tensor:
-    """Draw each row of [N, ...] as one picture of 64x64 pixels, side by side: [3, 68, 2 + 66 N]."""
-    if value.ndim != 4:
-        flat = value.flatten(1)
-        side = math.ceil(math.sqrt(flat.shape[1]))
-        value = F.pad(flat, (0, side * side - flat.shape[1])).view(len(flat), 1, side, side)
-    pictures = value if value.shape[1] == 3 else value.mean(1, keepdim=True)
-    return make_grid(F.interpolate(pictures, (64, 64)), nrow=len(pictures), normalize=True, scale_each=True)
-
-
-def _norm(parameters: list[torch.nn.Parameter]) -> Tensor:
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from splitlearn.cut import Hop
 from splitlearn.layout import Party
+from splitlearn.live import Live
 from splitlearn.network import SplitNetwork
+from splitlearn.schedule import Schedule
 
 
-def draw(network: SplitNetwork, sample: Mapping[str, Tensor], batch_size: int, takers: Sequence[Party]) -> str:
+def draw(network: SplitNetwork, sample: Mapping[str, Tensor], batch_size: int, schedule: Schedule) -> str:
     """Return the drawing: a line for each stage, with what crosses on the way to it above it.
 
     two_party
@@ -22,7 +24,8 @@ def draw(network: SplitNetwork, sample: Mapping[str, Tensor], batch_size: int, t
     layout, times = network.layout, batch_size / len(sample["y"])
     tape, ledger = network.look(sample)
     hops = iter(tape)
-    lines = [layout.kind if len(takers) == 1 else f"{layout.kind}, in turns: {_shorten(takers)}"]
+    takers, how = schedule.takers, "at once" if schedule.turn == "step" else "in turns"
+    lines = [layout.kind if len(takers) == 1 else f"{layout.kind}, {how}: {_shorten(takers)}"]
     for stage in layout.stages:
         crossing = [name for name in stage.inputs if network.owners.get(name, stage.role) != stage.role]
         lines += [_crossing(next(hops), batch_size, times) for _ in crossing]
@@ -33,9 +36,10 @@ def draw(network: SplitNetwork, sample: Mapping[str, Tensor], batch_size: int, t
     for (src, dst, kind), num_bytes in ledger.num_bytes.items():
         if kind == "label":
             lines.append(f"  | {src} -> {dst}: {batch_size} labels, {times * num_bytes:,.0f} bytes")
-    if len(takers) > 1:
-        num_bytes = sum(v.nbytes for segment in network.segments_of("alice") for v in segment.state_dict().values())
-        lines.append(f"  | each alice -> the next: weights, {num_bytes:,} bytes a turn")
+    if len(takers) > 1 and schedule.alice.way:
+        live = Live("alice", network.segments_of("alice"), network.wire)
+        moved = {**live.trained, **live.buffers} if schedule.alice.defers else live.weights
+        lines.append("  | " + schedule.alice.way.format(f"{sum(v.nbytes for v in moved.values()):,}"))
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
+from splitlearn.checks import check_loss, check_precision, check_settings
 from splitlearn.data.loader import Turns
 from splitlearn.errors import DivergedError, InputError
 from splitlearn.layout import Party, Role
@@ -21,7 +22,8 @@ from splitlearn.ledger import Ledger
 from splitlearn.network import Batch, SplitNetwork
 from splitlearn.optimizers import MakeOptimizer, Stepper, by_role
 from splitlearn.pace import Pace, Stretch, go_on
-from splitlearn.schedule import Sequential
+from splitlearn.rounds import Rounds
+from splitlearn.schedule import Schedule
 
 CURE = "lower `optimizer.lr` or set `trainer.gradient_clip_val`"
 
@@ -31,7 +33,7 @@ class SplitLearner(pl.LightningModule):
 
     Arguments:
         network: the split network; its layout says who holds what.
-        schedule: whose turn it is.
+        schedule: whose turn it is, and what happens to weights between turns.
         optimizer: parameters to optimizer, e.g. `partial(torch.optim.SGD, lr=0.1)`; `optimizers` overrides it by role.
         loss: (output, labels) to the mean over the rows; NLLLoss takes log-probabilities, CrossEntropyLoss logits.
         num_classes: of the labels.
@@ -48,7 +50,7 @@ class SplitLearner(pl.LightningModule):
     def __init__(
         self,
         network: SplitNetwork,
-        schedule: Sequential,
+        schedule: Schedule,
         optimizer: MakeOptimizer,
         loss: nn.Module,
         num_classes: int,
@@ -61,9 +63,10 @@ class SplitLearner(pl.LightningModule):
         steps_per_execution: int = 100,
     ) -> None:
         super().__init__()
-        _check_settings(interval, gradient_clip_val, steps_per_execution)
-        _check_loss(loss, network.sample_output, num_classes)
+        check_settings(interval, gradient_clip_val, steps_per_execution)
+        check_loss(loss, network.sample_output, num_classes)
         self.network, self.layout, self.schedule, self.loss = network, network.layout, schedule, loss
+        self.rounds = Rounds(schedule, network)
         self.makers = by_role(network, optimizer, optimizers or {}, scheduler)
         made = {role: make(network.parameters_of(role)) for role, make in self.makers.items()}
         self.options = ", ".join(f"{role}: {_options(optimizer)}" for role, optimizer in made.items())
@@ -79,29 +82,30 @@ class SplitLearner(pl.LightningModule):
     def training_step(self, stretch: Stretch[Turns], batch_idx: int) -> None:
         losses = []
         for turns in self.pace.run(stretch):
-            for alice, batch in turns.items():
-                with self.turn(alice):
+            for alice, batch in turns.batches.items():
+                with self.turn(alice, batch):
                     output, labels, tape = self.network(batch, self.layout.cast(alice))
                     loss = self.loss(output, labels)
                     self.network.backward(self.stepper.before_backward(loss), tape)
                 losses.append((alice, batch, loss.detach()))
+            self._end_step(turns)
         self._add_up(losses)
 
     @contextmanager
-    def turn(self, alice: Party) -> Iterator[None]:
-        """Hand-over before, when another Alice had the turn; the optimizers of all roles step after."""
-        if alice != self.schedule.holder:
-            self._hand_over(self.schedule.holder, alice)
+    def turn(self, alice: Party, batch: Batch) -> Iterator[None]:
+        """Before, the weights come to her, if it was another's turn; after, optimizers step that need not wait."""
+        self.rounds.take(alice)
         self.stepper.zero_grad()
         yield
-        self.stepper.step()
-        self.stepper.step_schedulers("step")
+        self.rounds.num_rows += len(batch.ids)
+        self.stepper.after_backward()
+        self.stepper.step(self.rounds.at_once)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
+        return self._evaluate(batch, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
+        return self._evaluate(batch, "test")
 
     @property
     def mean_loss(self) -> float:
@@ -117,6 +121,7 @@ class SplitLearner(pl.LightningModule):
             "model": ", ".join(f"{name} of {sum(p.numel() for p in block.parameters())}" for name, block in blocks),
             "optimizer": self.options,
             "num_alices": str(len(self.schedule.takers)),
+            "schedule": self.schedule.describe(),
             "data": getattr(self.trainer.datamodule, "kind", "unknown"),  # type: ignore[attr-defined]
         }
 
@@ -132,10 +137,16 @@ class SplitLearner(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         self.pace = Pace(self.trainer, self.steps_per_execution)
+        if self.schedule.num_participants < len(self.schedule.takers):
+            # An epoch's length depends on who takes part.
+            self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
     def on_train_start(self) -> None:
         self.trainer.callback_metrics.update(self.measured)
         self.stepper = Stepper(self, self.makers, self.clip, self.monitor)
+        self.rounds.find(self.stepper.optimizers)
+        self.judges = [c for c in self.trainer.callbacks if hasattr(c, "on_alice_finished")]  # type: ignore[attr-defined]
+        check_precision(self.stepper.scaler, self.rounds.deferred, self.rounds.at_once)
 
     def on_train_epoch_start(self) -> None:
         self.loss_sum, self.num_rows = 0.0, 0
@@ -147,8 +158,11 @@ class SplitLearner(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         self.network.wire.ledger = self.evaluation_ledger
+        self.rounds.find()
+        self.rounds.show()
 
     def on_validation_end(self) -> None:
+        self.rounds.hide()
         self.network.wire.ledger = self.ledger
 
     on_test_start, on_test_end = on_validation_start, on_validation_end
@@ -158,7 +172,7 @@ class SplitLearner(pl.LightningModule):
             raise DivergedError(f"weights are not finite after {self.trainer.global_step} mini-batches: {CURE}")
         checkpoint["splitlearn"] = {
             "kind": self.kind,
-            "schedule": self.schedule.state_dict(),
+            "rounds": self.rounds.state_dict(),
             "bytes": [self.ledger.table(), self.evaluation_ledger.table()],
             "loss": [self.loss_sum, self.num_rows],
             "measured": dict(self.trainer.callback_metrics),
@@ -174,30 +188,42 @@ class SplitLearner(pl.LightningModule):
                     f"`ckpt` is of another {what}: {theirs}, this run has {ours}: "
                     f"resume with the {what} of the checkpoint, or train anew without `ckpt`"
                 )
-        if self.trainer.state.fn == TrainerFn.FITTING:  # to test or validate, the weights are enough
+        self.rounds.load_state_dict(state["rounds"])
+        if self.trainer.state.fn == TrainerFn.FITTING:
             self._go_on(state, checkpoint["loops"]["fit_loop"])
 
     def _go_on(self, state: dict[str, Any], fit_loop: dict[str, Any]) -> None:
-        self.schedule.load_state_dict(state["schedule"])
         for ledger, table in zip((self.ledger, self.evaluation_ledger), state["bytes"], strict=True):
             ledger.load(table)
         self.loss_sum, self.num_rows = state["loss"]
         self.measured = state["measured"]
         go_on(fit_loop, state["left"])
 
-    def _hand_over(self, giver: Party, taker: Party) -> None:
-        optimizer = self.stepper.optimizers.get("alice")
-        self.schedule.alice.hand_over(self.network.segments_of("alice"), optimizer, self.network.wire, giver, taker)
-        self.schedule.holder = taker
+    def _end_step(self, turns: Turns) -> None:
+        side_by_side = self.schedule.turn == "step"
+        if not side_by_side:  # while the weights are still hers
+            self._tell_finished(turns.finishes)
+        if turns.ends_round or self.pace.left == 0:
+            self.rounds.end()
+            self.stepper.step(self.rounds.deferred)
+        if side_by_side:
+            self._tell_finished(turns.finishes)
+        self.stepper.step_schedulers("step")
 
-    def _evaluate(self, batch: Batch, stage: str) -> None:
-        output, labels, _ = self.network(batch, self.layout.cast(self.schedule.holder))
+    def _tell_finished(self, alices: Sequence[Party]) -> None:
+        for judge in self.judges:
+            for alice in alices:
+                judge.on_alice_finished(self.trainer, self, alice)
+
+    def _evaluate(self, batch: Batch, stage: str) -> dict[str, Tensor | None]:
+        output, labels, owners = self.rounds.predict(batch)
         loss = self.loss(output, labels)
         if not torch.isfinite(loss):
             raise DivergedError(f"{stage}/loss is {loss.item()} after {self.trainer.global_step} mini-batches: {CURE}")
         self.accuracy(output, labels)
         self.log(f"{stage}/loss", loss, batch_size=len(labels), prog_bar=True)
         self.log(f"{stage}/accuracy", self.accuracy, prog_bar=True, on_epoch=True, on_step=False)
+        return {"output": output, "labels": labels, "owners": owners}
 
     def _add_up(self, losses: list[tuple[Party, Batch, Tensor]]) -> None:
         """Look at the losses of a stretch, all at once: on a GPU each look waits for it."""
@@ -215,28 +241,3 @@ class SplitLearner(pl.LightningModule):
 
 def _options(optimizer: Optimizer) -> str:
     return f"{type(optimizer).__name__}({', '.join(f'{name}={value}' for name, value in optimizer.defaults.items())})"
-
-
-def _check_settings(interval: str, clip_val: float | None, steps_per_execution: int) -> None:
-    if interval not in ("epoch", "step"):
-        raise ValueError(f"`scheduler.interval` (={interval}) must be epoch or step")
-    if steps_per_execution < 1:
-        raise ValueError(f"`steps_per_execution` (={steps_per_execution}) must be at least 1")
-    if clip_val is not None and clip_val < 0:
-        raise ValueError(f"`trainer.gradient_clip_val` (={clip_val}) must not be negative; null clips nothing")
-
-
-def _check_loss(loss: nn.Module, output: Tensor, num_classes: int) -> None:
-    if output.ndim != 2 or output.shape[1] != num_classes:
-        raise ValueError(
-            f"the model's output has shape {list(output.shape[1:])} per sample, the data {num_classes} classes: "
-            f"end the model in a block with {num_classes} outputs"
-        )
-    logs = torch.allclose(output.float().exp().sum(1), torch.ones(len(output)), atol=1e-3)
-    if isinstance(loss, nn.NLLLoss) and not logs:
-        cure = "end the model in LogSoftmax, or use CrossEntropyLoss"
-        raise ValueError(f"`loss` (=NLLLoss) takes log-probabilities: {cure}")
-    probabilities = torch.allclose(output.float().sum(1), torch.ones(len(output)), atol=1e-3)
-    if isinstance(loss, nn.CrossEntropyLoss) and (logs or (probabilities and bool((output >= 0).all()))):
-        cure = "drop the model's last Softmax, or use NLLLoss with LogSoftmax"
-        raise ValueError(f"`loss` (=CrossEntropyLoss) takes logits: {cure}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from splitlearn.layout import Party
 
 KINDS = ("activation", "gradient", "label", "weights", "weight_gradient", "optimizer_state", "metric", "control")
@@ -20,11 +22,13 @@ class Ledger:
         key = (src, dst, kind)
         self.num_bytes[key] = self.num_bytes.get(key, 0) + num_bytes
 
-    def table(self) -> dict[str, dict[str, int]]:
-        """Return `{"alice0->bob": {"activation": bytes, ...}, ...}`."""
+    def table(self, merge: bool = False) -> dict[str, dict[str, int]]:
+        """Return `{"alice0->bob": {"activation": bytes, ...}, ...}`, summed over the Alices as `alice*` to `merge`."""
         table: dict[str, dict[str, int]] = {}
         for (src, dst, kind), num_bytes in self.num_bytes.items():
-            table.setdefault(f"{src}->{dst}", {})[kind] = num_bytes
+            pair = f"{src}->{dst}"
+            kinds = table.setdefault(re.sub(r"\balice\d+\b", "alice*", pair) if merge else pair, {})
+            kinds[kind] = kinds.get(kind, 0) + num_bytes
         return table
 
     def load(self, table: dict[str, dict[str, int]]) -> None:

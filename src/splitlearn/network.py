@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from splitlearn.cut import CutLayer, Hop, run_backward
+from splitlearn.errors import InputError
 from splitlearn.layout import Layout, Party, Role, Stage
 from splitlearn.ledger import Ledger
-from splitlearn.seeds import derive
+from splitlearn.segment import Segment, evaluating
 from splitlearn.wire import Wire
 
 
@@ -22,57 +22,14 @@ class Batch(NamedTuple):
     """One mini-batch: the rows `ids` of every data field, wherever its owner keeps it.
 
     `ids` [B] int64, the rows' places in the data set; `fields` maps `x` (or `x0`, `x1`, ...) and `y` to [B, ...];
-    `number` is (epoch, place in the epoch), which seeds whatever is drawn on the way.
+    `number` is (epoch, place in the epoch), which seeds whatever is drawn on the way. `owners` [B] int64 are the places
+    among the takers of the parties whose rows these are; None where nobody has said so.
     """
 
     ids: Tensor
     fields: dict[str, Tensor]
     number: tuple[int, int]
-
-
-class Segment(nn.Sequential):
-    """A named slice of the model. What a block draws (dropout) depends on (seed, block, mini-batch) alone.
-
-    So the draw is the same wherever the network is cut, in every engine and in a resumed run.
-    """
-
-    def __init__(self, blocks: Mapping[str, nn.Module], labels: Mapping[str, str], seed: int) -> None:
-        super().__init__()
-        for name, block in blocks.items():
-            self.add_module(name, block)
-        self.labels = dict(labels)
-        self.seed = seed
-        self.drawing: frozenset[str] = frozenset()
-
-    def forward(self, x: Tensor, number: tuple[int, int] = (0, 0)) -> Tensor:
-        if not (self.drawing and self.training):
-            return super().forward(x)
-        for name, block in self.named_children():
-            if name in self.drawing:
-                _seed(derive(self.seed, "draw", self.labels[name], *number), x.device)
-            x = block(x)
-        return x
-
-    def shape(self, x: Tensor) -> Tensor:
-        """Give lazy layers their shapes and draw their weights, a block at a time; return the output for `x`.
-
-        Raises ValueError when a block does not fit the output of the one before it, or writes into its input.
-        """
-        drawing = set()
-        for i, (name, block) in enumerate(self.named_children()):
-            torch.manual_seed(derive(self.seed, "weights", self.labels[name]))
-            try:
-                with torch.no_grad(), _evaluating(block):
-                    out = block(x)
-                if _draws(copy.deepcopy(block), x.detach().requires_grad_(i == 0 and x.is_floating_point())):
-                    drawing.add(name)
-            except (RuntimeError, ValueError, TypeError) as error:
-                raise ValueError(_misfit(name, x, error)) from error
-            if not isinstance(out, Tensor):
-                raise ValueError(f"block `{name}` returns a {type(out).__name__}: every block must return one tensor")
-            x = out
-        self.drawing = frozenset(drawing)
-        return x
+    owners: Tensor | None = None
 
 
 class SplitNetwork(nn.Module):
@@ -131,19 +88,30 @@ class SplitNetwork(nn.Module):
         wire = self.wire
         self.wire = self.cut.wire = Wire()
         try:
-            with _evaluating(self):
+            with evaluating(self):
                 rows = torch.arange(len(fields["y"]))
                 _, _, tape = self(Batch(rows, dict(fields), (0, 0)), {role: role for role in self.layout.roles})
             return tape, self.wire.ledger
         finally:
             self.wire = self.cut.wire = wire
 
-    def segments_of(self, role: Role) -> list[nn.Module]:
-        return [self.segments[stage.name] for stage in self.layout.stages if stage.role == role]
+    def check_sizes(self, smallest: Mapping[Party, int]) -> None:
+        """Raises InputError when the smallest mini-batch of a party is one row, and a block cannot train on one."""
+        averse = [name for _, segment in self.program for name in segment.averse]
+        for party, size in smallest.items():
+            if size == 1 and averse:
+                raise InputError(
+                    f"block `{averse[0]}` cannot train on one row (batch norm of one value has no variance), and "
+                    f"{party} has a mini-batch of one: change `data.batch_size`, the partition or the model"
+                )
+
+    def segments_of(self, role: Role) -> dict[str, nn.Module]:
+        """Return the segments of a role, by stage."""
+        return {stage.name: self.segments[stage.name] for stage in self.layout.stages if stage.role == role}
 
     def parameters_of(self, role: Role) -> list[nn.Parameter]:
         """Return the parameters of the role that are trained; frozen ones are left out."""
-        return [p for segment in self.segments_of(role) for p in segment.parameters() if p.requires_grad]
+        return [p for segment in self.segments_of(role).values() for p in segment.parameters() if p.requires_grad]
 
     def _bring(
         self, values: dict[str, Tensor], name: str, role: Role, cast: Mapping[Role, Party], tape: list[Hop]
@@ -172,18 +140,6 @@ def check_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return dict(model.named_children())
 
 
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and back to each part's own: a batch norm that was put into evaluation mode stays there."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
 def _join(inputs: list[Tensor]) -> Tensor:
     return inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
 
@@ -202,30 +158,3 @@ def _make_safe(blocks: Iterable[nn.Module]) -> None:
         for module in block.modules():
             if getattr(module, "inplace", False):
                 module.inplace = False  # type: ignore[assignment]
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    """`torch.manual_seed` for the CPU and `device` alone.
-
-    For each kind of device that is not in use torch's own formats a stack trace, 2 ms in all under a Trainer.
-    """
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
-
-
-def _draws(block: nn.Module, x: Tensor) -> bool:
-    """Whether the block draws random numbers when it trains. `x` is a leaf, as it is right behind a cut."""
-    before = torch.get_rng_state()
-    block.train()(x)
-    return not torch.equal(before, torch.get_rng_state())
-
-
-def _misfit(name: str, x: Tensor, error: Exception) -> str:
-    shape = "x".join(str(size) for size in x.shape[1:])
-    if "in-place operation" in str(error):
-        return f"block `{name}` writes into its input in place, which fails right behind a cut: make it out of place"
-    return (
-        f"block `{name}` does not fit its input of shape {shape} ({str(x.dtype).removeprefix('torch.')}) per sample: "
-        f"change the model or the data ({error})"
-    )

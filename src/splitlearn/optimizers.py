@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -64,9 +64,12 @@ class Stepper:
         self._tell("on_before_backward", loss)
         return loss
 
-    def step(self) -> None:
-        self._tell("on_after_backward")
-        for optimizer in self.optimizers.values():
+    def step(self, roles: Sequence[Role]) -> None:
+        """Let the optimizers of these roles change their weights; one without anything to train is passed over."""
+        for role in roles:
+            optimizer = self.optimizers.get(role)
+            if optimizer is None:
+                continue
             if self.scaler is not None:
                 self.scaler.unscale_(optimizer)
             self._tell("on_before_optimizer_step", optimizer)
@@ -76,11 +79,14 @@ class Stepper:
                 _step(optimizer)
             else:
                 self.scaler.step(optimizer)
-        if self.scaler is not None:
+        if self.scaler is not None and roles:
             self.scaler.update()
         if self.autocasts:
             # Autocast keeps its half-precision copies of the weights, and these have just changed.
             torch.clear_autocast_cache()
+
+    def after_backward(self) -> None:
+        self._tell("on_after_backward")
 
     def step_schedulers(self, interval: str) -> None:
         """Step the learning-rate schedulers of this interval, as Lightning does in automatic optimization."""

@@ -1,45 +1,169 @@
-"""Whose turn it is, and what happens to weights between turns."""
+"""Whose turn it is: every scheme is a schedule, a line of numbers and names.
+
+scheme        turns                          alice           bob
+sequential    a local epoch each             Handoff         Shared
+splitfed_v1   a local epoch each             Average         Average
+splitfed_v2   a local epoch each, random     Average         Shared
+splitfed_v3   a local epoch each             Personal        Average
+parallel      all at once, step by step      MeanGradient    MeanGradient
+fedavg        a local epoch each, uncut      Average
+large_batch   all at once, uncut             MeanGradient
+centralised   one Alice with all data, uncut
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from splitlearn.layout import Party
-from splitlearn.sharing import Handoff, Sharing
+from splitlearn.layout import Layout, Party
+from splitlearn.seeds import derive
+from splitlearn.sharing import Handoff, MeanGradient, Shared, Sharing
 
-Step = dict[Party, Tensor]
-"""One step: the sample ids of the mini-batch of each Alice who takes part in it."""
+ORDERS = ("fixed", "random", "cyclic")
+Batches = Callable[[Party, int], Sequence[Tensor]]
+"""(taker, number of the pass over her rows) to the sample ids of each mini-batch of that pass."""
 
 
-class Sequential:
-    """One Alice after the other trains a local epoch, then hands her bottom on (Gupta & Raskar 2018, algorithm 2).
+class Step(NamedTuple):
+    """One step of training.
 
-        alice0 | a a a a |- weights ->
-        alice1           | b b b b |- weights ->
-        bob    | 1 2 3 4 | 5 6 7 8 |
-
-    Arguments:
-        takers: who takes turns, in order.
-        alice: the sharing of the role alice. Every other role is shared: one party plays it all the time.
+    `batches` are the sample ids of each Alice who takes part; with `ends_round` weights or gradients are averaged
+    behind it; `finishes` are those who have no further mini-batch in this epoch.
     """
 
-    def __init__(self, takers: Sequence[Party], alice: Sharing | None = None) -> None:
-        if not takers:
+    batches: dict[Party, Tensor]
+    ends_round: bool = False
+    finishes: tuple[Party, ...] = ()
+
+
+class Schedule:
+    """Who trains when, and what happens to the weights of each role between turns.
+
+        sequential              splitfed_v1               parallel
+        alice0 | 1 2 3 |        alice0 | 1 2 3 | mean     alice0 | 1 | 2 | 3 |
+        alice1       | 1 2 3 |  alice1 | 1 2 3 | mean     alice1 | 1 | 2 | 3 |
+
+    An epoch of the trainer is one pass of every Alice who takes part over her rows (or `local_epochs` of them).
+
+    Arguments:
+        takers: who takes turns.
+        alice: the sharing of the role alice; bob: of every other role.
+        turn: `epoch` (all of an Alice's mini-batches of the epoch), a number of mini-batches, after which the next
+            Alice has her turn, or `step` (all Alices at once, a mini-batch each). When each has had her turn, the round
+            is over.
+        order: of the turns: `fixed`, `random` (drawn each epoch) or `cyclic` (each epoch another Alice begins).
+        local_epochs: passes over her rows of each Alice in an epoch.
+        participation: the share of the Alices who take part in an epoch, drawn each time, in (0, 1].
+        seed: of what is drawn.
+    """
+
+    def __init__(
+        self,
+        takers: Sequence[Party],
+        alice: Sharing | None = None,
+        bob: Sharing | None = None,
+        turn: int | str = "epoch",
+        order: str = "fixed",
+        local_epochs: int = 1,
+        participation: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        self.takers, self.turn, self.order, self.seed = tuple(takers), turn, order, seed
+        self.local_epochs, self.participation = local_epochs, participation
+        self.alice = Handoff() if alice is None else alice
+        self.bob = Shared() if bob is None else bob
+        self._check()
+        self.num_participants = round(participation * len(self.takers))
+
+    def participants(self, epoch: int) -> list[Party]:
+        """Return who takes part in an epoch, in the order of their turns."""
+        order = list(range(len(self.takers)))
+        if self.order == "random":
+            order = self._draw("turns", epoch)
+        elif self.order == "cyclic":
+            order = order[epoch % len(order) :] + order[: epoch % len(order)]
+        drawn = set(self._draw("participation", epoch)[: self.num_participants])
+        return [self.takers[i] for i in order if i in drawn]
+
+    def steps(self, epoch: int, batches: Batches) -> list[Step]:
+        """Arrange the mini-batches of an epoch into steps."""
+        first = epoch * self.local_epochs
+        passes = range(first, first + self.local_epochs)
+        mine = {taker: [ids for i in passes for ids in batches(taker, i)] for taker in self.participants(epoch)}
+        size = int({"epoch": max(map(len, mine.values())), "step": 1}.get(str(self.turn), self.turn))
+        turns = {taker: [ids[i : i + size] for i in range(0, len(ids), size)] for taker, ids in mine.items()}
+        steps: list[Step] = []
+        for round_ in zip_longest(*turns.values(), fillvalue=()):
+            taking = {taker: ids for taker, ids in zip(turns, round_, strict=True) if ids}
+            if self.turn == "step":
+                steps.append(Step({taker: ids for taker, (ids,) in taking.items()}))
+            else:
+                steps += [Step({taker: ids}) for taker, batches_ in taking.items() for ids in batches_]
+            steps[-1] = steps[-1]._replace(ends_round=True)
+        return _with_ends(steps)
+
+    def check(self, layout: Layout) -> None:
+        """Raises ValueError when the layout has nobody to take turns, or nobody to share the weights of."""
+        if "alice" not in layout.roles and not (type(self.alice) is Handoff and type(self.bob) is Shared):
+            raise ValueError(
+                f"`schedule` ({self.describe()}) does not fit {layout.kind}, where all Alices train at once: "
+                "take schedule=sequential, or layout two_party, multi_hop or u_shaped"
+            )
+        if set(layout.roles) == {"alice"} and type(self.bob) is not Shared:
+            raise ValueError(
+                f"`schedule.bob` (={self.bob}) does not fit {layout.kind}, where there is nobody but Alice: take "
+                "layout two_party, multi_hop or u_shaped, or schedule sequential, fedavg or large_batch"
+            )
+
+    def describe(self) -> str:
+        return (
+            f"turn {self.turn}, order {self.order}, local_epochs {self.local_epochs}, participation "
+            f"{self.participation}, alice {self.alice}, bob {self.bob}"
+        )
+
+    def _draw(self, *names: object) -> list[int]:
+        generator = torch.Generator().manual_seed(derive(self.seed, *names))
+        return torch.randperm(len(self.takers), generator=generator).tolist()
+
+    def _check(self) -> None:
+        if not self.takers:
             raise ValueError("`takers` (=()) must name at least one party")
-        self.takers = tuple(takers)
-        self.alice = alice if alice is not None else Handoff()
-        self.holder = self.takers[0]
+        _check_whole("schedule.local_epochs", self.local_epochs)
+        if self.turn not in ("epoch", "step"):
+            _check_whole("schedule.turn", self.turn, ", or one of epoch and step")
+        if self.order not in ORDERS:
+            raise ValueError(f"`schedule.order` (={self.order}) must be one of {', '.join(ORDERS)}")
+        if not 0 < self.participation <= 1:
+            raise ValueError(f"`schedule.participation` (={self.participation}) must lie in (0, 1]: 1 is everybody")
+        if round(self.participation * len(self.takers)) < 1:
+            raise ValueError(
+                f"`schedule.participation` (={self.participation}) of {len(self.takers)} Alices rounds to nobody: "
+                f"take at least {1 / len(self.takers):.2g}"
+            )
+        for role, sharing in (("alice", self.alice), ("bob", self.bob)):
+            if isinstance(sharing, MeanGradient) and self.turn != "step":
+                raise ValueError(f"`schedule.{role}` (={sharing}) needs `schedule.turn=step`, not {self.turn}")
+        if isinstance(self.alice, Handoff) and self.turn == "step":
+            raise ValueError(
+                f"`schedule.turn` (=step) has all Alices train at once, and `schedule.alice` (={self.alice}) hands on: "
+                "take turn=1, or MeanGradient"
+            )
 
-    def steps(self, batches: Mapping[Party, Sequence[Tensor]]) -> list[Step]:
-        """Arrange an epoch's mini-batches, given as sample ids per taker, into steps."""
-        return [{taker: ids} for taker in self.takers for ids in batches[taker]]
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"holder": self.holder, "alice": self.alice.state_dict()}
+def _with_ends(steps: list[Step]) -> list[Step]:
+    """Say of each step for whom it is the last one."""
+    seen: set[Party] = set()
+    for i in reversed(range(len(steps))):
+        steps[i] = steps[i]._replace(finishes=tuple(taker for taker in steps[i].batches if taker not in seen))
+        seen.update(steps[i].batches)
+    return steps
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.holder = state["holder"]
-        self.alice.load_state_dict(state["alice"])
+
+def _check_whole(name: str, value: object, also: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` (={value}) must be a whole number of at least 1{also}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -88,17 +88,25 @@ def train(cfg: DictConfig) -> float | None:
 def build(cfg: DictConfig) -> Run:
     """Make the objects of a run from its configuration; each checks what it is given."""
     OmegaConf.resolve(cfg)
+    cfg.update(cfg.schedule.get("sets", {}))  # a scheme may bring its own layout
     _check(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     source = make(cfg.data.source)
     model = make(cfg.model, num_classes=source.num_classes)
     layout = make(cfg.layout, list(check_blocks(model)))
     takers = layout.takers(cfg.num_alices)
-    settings = OmegaConf.masked_copy(cfg.data, [key for key in cfg.data if key not in READ_BY_SOURCE])
-    data = make(settings, source, takers, len(layout.fields), partition=make(cfg.partition), seed=cfg.seed)
+    data = make(
+        _without(cfg.data, READ_BY_SOURCE),
+        source,
+        takers,
+        len(layout.fields),
+        partition=make(cfg.partition),
+        seed=cfg.seed,
+    )
     engine = make(cfg.engine)
     network = SplitNetwork(model, layout, engine.make_wire(), data.sample(), cfg.seed)
-    learner = _make_learner(cfg, network, make(cfg.schedule, takers), source.num_classes)
+    schedule = make(_without(cfg.schedule, ("sets",)), takers, seed=cfg.seed)
+    learner = _make_learner(cfg, network, schedule, source.num_classes)
     return Run(engine, data, learner, _make_trainer(cfg))
 
 
@@ -118,6 +126,10 @@ def _check(cfg: DictConfig) -> None:
         raise InputError(f"`seed` (={cfg.seed}) must be a whole number from 0 to {LARGEST_SEED}")
     if cfg.ckpt is not None and not Path(cfg.ckpt).is_file():
         raise InputError(f"`ckpt` (={cfg.ckpt}) is not a file: name a checkpoint, or leave `ckpt` out to train anew")
+
+
+def _without(cfg: DictConfig, keys: Sequence[str]) -> DictConfig:
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in keys])
 
 
 @contextmanager
@@ -192,7 +204,7 @@ def _print_table(run: Run, metrics: dict[str, float]) -> None:
     table = Table("", "result", title=run.learner.layout.kind)
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}")
-    for pair, kinds in run.learner.ledger.table().items():
+    for pair, kinds in run.learner.ledger.table(merge=True).items():
         table.add_row(pair, ", ".join(f"{kind} {num_bytes:,} bytes" for kind, num_bytes in kinds.items()))
     table.add_row("output", str(run.trainer.default_root_dir))
     Console().print(table)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +12,18 @@ from splitlearn.data.rows import Fields, Rows
 from splitlearn.layout import Party
 from splitlearn.network import Batch
 from splitlearn.pace import Pace, Stretch
-from splitlearn.schedule import Sequential, Step
+from splitlearn.schedule import Schedule, Step
 from splitlearn.seeds import derive
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
-Turns = dict[Party, Batch]
-"""The mini-batch of each Alice who takes part in a step."""
+
+
+class Turns(NamedTuple):
+    """A `schedule.Step` with its rows: the mini-batch of each Alice who takes part in it."""
+
+    batches: dict[Party, Batch]
+    ends_round: bool
+    finishes: tuple[Party, ...]
 
 
 class TurnLoader:
@@ -36,7 +42,7 @@ class TurnLoader:
         self,
         rows: Rows,
         shards: Mapping[Party, Tensor],
-        schedule: Sequential,
+        schedule: Schedule,
         pace: Pace,
         batch_size: int,
         seed: int = 0,
@@ -46,7 +52,7 @@ class TurnLoader:
         self.batch_size, self.seed, self.augment = batch_size, seed, augment
 
     def __len__(self) -> int:
-        return len(self.steps(epoch=0))
+        return len(self.steps(self.pace.trainer.current_epoch))
 
     def __iter__(self) -> Iterator[Stretch[Turns]]:
         steps = self._turns(self.pace.trainer.current_epoch, self.pace.done)
@@ -54,12 +60,8 @@ class TurnLoader:
             yield Stretch(steps, length)
 
     def steps(self, epoch: int) -> list[Step]:
-        """Return the steps of an epoch as row indices: each shard in an order of its own, every row once."""
-        batches = {}
-        for taker, shard in self.shards.items():
-            generator = torch.Generator().manual_seed(derive(self.seed, "order", taker, epoch))
-            batches[taker] = shard[torch.randperm(len(shard), generator=generator)].split(self.batch_size)
-        return self.schedule.steps(batches)
+        """Return the steps of an epoch as row indices: each pass over a shard in its own order, every row once."""
+        return self.schedule.steps(epoch, self._batches)
 
     # Lightning asks for these two before it believes that a loader can go on in mid-epoch.
     def state_dict(self) -> dict[str, Any]:
@@ -71,17 +73,22 @@ class TurnLoader:
     def _turns(self, epoch: int, start: int) -> Iterator[Turns]:
         # Lightning stops the shuffling to overfit, so that every epoch has the same few mini-batches.
         steps = self.steps(0 if self.pace.trainer.overfit_batches else epoch)  # type: ignore[attr-defined]
-        place = sum(len(step) for step in steps[:start])
+        place = sum(len(step.batches) for step in steps[:start])
         steps = steps[start:]
         device = self.pace.trainer.strategy.root_device
-        rows = self.rows.stream((ids for step in steps for ids in step.values()), device)
+        rows = self.rows.stream((ids for step in steps for ids in step.batches.values()), device)
         for step in steps:
-            turns = {}
-            for taker, ids in step.items():
+            batches = {}
+            for taker, ids in step.batches.items():
                 number = (epoch, place)
-                turns[taker] = Batch(ids, self._augmented(next(rows), number), number)
+                batches[taker] = Batch(ids, self._augmented(next(rows), number), number)
                 place += 1
-            yield turns
+            yield Turns(batches, step.ends_round, step.finishes)
+
+    def _batches(self, taker: Party, number: int) -> Sequence[Tensor]:
+        shard = self.shards[taker]
+        generator = torch.Generator().manual_seed(derive(self.seed, "order", taker, number))
+        return shard[torch.randperm(len(shard), generator=generator)].split(self.batch_size)
 
     def _augmented(self, fields: Fields, number: tuple[int, int]) -> Fields:
         if self.augment is None:
@@ -91,14 +98,16 @@ class TurnLoader:
 
 
 class EvalLoader:
-    """The given rows in order, in mini-batches of `batch_size`, whoever owns them."""
+    """The given rows in order, in mini-batches of `batch_size`; `owners` [N] int64 are those of all rows, if known."""
 
-    def __init__(self, rows: Rows, ids: Tensor, batch_size: int, device: torch.device) -> None:
-        self.rows, self.batches, self.device = rows, ids.split(batch_size), device
+    def __init__(
+        self, rows: Rows, ids: Tensor, batch_size: int, device: torch.device, owners: Tensor | None = None
+    ) -> None:
+        self.rows, self.batches, self.device, self.owners = rows, ids.split(batch_size), device, owners
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
         for i, (ids, fields) in enumerate(zip(self.batches, self.rows.stream(self.batches, self.device), strict=True)):
-            yield Batch(ids, fields, (0, i))
+            yield Batch(ids, fields, (0, i), None if self.owners is None else self.owners[ids])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from splitlearn.data.loader import Augment, EvalLoader, TurnLoader
-from splitlearn.data.rows import Fields, InMemory, Normalise, Rows, Streamed, load
+from splitlearn.data.rows import Fields, InMemory, Normalise, Rows, Streamed, load, moments
 from splitlearn.data.sources import Source
 from splitlearn.layout import Party
+from splitlearn.partition import columns as deal_columns
 from splitlearn.partition import iid
 from splitlearn.seeds import derive
 
@@ -24,16 +25,22 @@ FITS_IN_MEMORY = 2 * 1024**3  # bytes of float32; larger data sets are streamed 
 class SplitData(pl.LightningDataModule):
     """Training rows dealt to the takers of turns, validation and test rows for all.
 
+    All rows of `source.train` are dealt, so that a partition knows them by their place there; then those that are held
+    out for testing and validation, the same whatever the partition, are taken out of the shards. `owners` [N] int64
+    keeps whose each row of `source.train` is, as a place in `takers`; `labels` [N] int64, -1 where not known.
+
     Arguments:
         source: where the rows come from.
         takers: who takes turns, `layout.takers(num_alices)`; each gets a shard of the training rows.
         num_columns: the number of parties that own columns of the input, `len(layout.fields)`.
+        columns: the numbers or names of each one's columns; None for equal blocks.
         batch_size, eval_batch_size: rows in a mini-batch, in training and in evaluation.
         val_fraction: the share of the training rows that is held out for validation, in [0, 1).
         test_fraction: the share held out for testing when the source has no test set of its own, in (0, 1).
         mean, std: per channel, of values that run from 0 to 1; None for no normalisation.
+        standardise: take mean and std, per channel or column of a table, from the training rows.
         augment: batch to batch, in training.
-        partition: (labels, number of takers, seed) to row indices for each.
+        partition: (labels, number of takers, seed) to row indices for each, every row once.
         in_memory: hold all rows as tensors; None does so up to 2 GiB.
         num_workers: of the DataLoader that streams rows which are not held in memory.
         seed: of the splits, the shards and the order.
@@ -46,12 +53,14 @@ class SplitData(pl.LightningDataModule):
         source: Source,
         takers: Sequence[Party] = ("alice0",),
         num_columns: int = 1,
+        columns: Sequence[Sequence[int | str]] | None = None,
         batch_size: int = 64,
         eval_batch_size: int = 1024,
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        standardise: bool = False,
         augment: Augment | None = None,
         partition: Callable[[Tensor, int, int], list[Tensor]] = iid,
         in_memory: bool | None = None,
@@ -62,24 +71,25 @@ class SplitData(pl.LightningDataModule):
         _check(batch_size, eval_batch_size, val_fraction, test_fraction, augment, num_columns)
         self.batch_size, self.eval_batch_size, self.seed, self.augment = batch_size, eval_batch_size, seed, augment
         self.num_classes = source.num_classes
-        prepare = Normalise(mean, std, num_columns)
+        fractions = (test_fraction if source.test is None else 0.0, val_fraction)
+        test_ids, self.val_ids, train_ids = _split(len(source.train), fractions, seed)  # type: ignore[arg-type]
+        if standardise:
+            mean, std = _moments(source.train, train_ids, mean)
+        self.columns = _columns(source, num_columns, columns)
+        prepare = Normalise(mean, std, self.columns)
         self.rows = _rows(source.train, prepare, in_memory, num_workers)
         self.test_rows = self.rows if source.test is None else _rows(source.test, prepare, in_memory, num_workers)
-        fractions = (test_fraction if source.test is None else 0.0, val_fraction)
-        test_ids, self.val_ids, train_ids = _split(len(self.rows), fractions, seed)
         self.test_ids = test_ids if source.test is None else torch.arange(len(self.test_rows))
-        labels = _labels(self.rows, source.train, source.num_classes)[train_ids]
-        shards = partition(labels, len(takers), seed)
-        self.shards = {taker: train_ids[shard] for taker, shard in zip(takers, shards, strict=True)}
-        for taker, shard in self.shards.items():
-            if len(shard) == 0:
-                raise ValueError(f"`partition` gives {taker} no training row: take fewer Alices or another partition")
+        self.labels = _labels(self.rows, source.train, source.num_classes)
+        dealt = dict(zip(takers, partition(self.labels, len(takers), seed), strict=True))
+        self.owners = _owners(dealt, len(self.rows))
+        self.shards = _keep(dealt, train_ids, len(self.rows))
 
     @property
     def kind(self) -> str:
-        """What a checkpoint must share with the run that goes on from it: which rows are trained on, in which order."""
+        """What a checkpoint must share with the run that goes on from it: whose rows are trained on, in which order."""
         digest = blake2b(digest_size=4)
-        for ids in (self.val_ids, self.test_ids, *self.shards.values()):
+        for ids in (self.val_ids, self.test_ids, self.owners, *self.shards.values(), *(self.columns or [])):
             digest.update(ids.numpy().tobytes())
         return f"seed {self.seed}, batch size {self.batch_size}, {len(self.rows)} rows split as {digest.hexdigest()}"
 
@@ -92,6 +102,7 @@ class SplitData(pl.LightningDataModule):
     def train_dataloader(self) -> TurnLoader:
         learner: Any = self.trainer.lightning_module  # type: ignore[union-attr]
         self._place(self.rows)
+        learner.network.check_sizes({t: (len(ids) - 1) % self.batch_size + 1 for t, ids in self.shards.items()})
         return TurnLoader(
             self.rows, self.shards, learner.schedule, learner.pace, self.batch_size, self.seed, self.augment
         )
@@ -104,7 +115,9 @@ class SplitData(pl.LightningDataModule):
 
     def _evaluate(self, rows: Rows, ids: Tensor) -> EvalLoader:
         self._place(rows)
-        return EvalLoader(rows, ids, self.eval_batch_size, self.trainer.strategy.root_device)  # type: ignore[union-attr]
+        owners = self.owners if rows is self.rows else None
+        device = self.trainer.strategy.root_device  # type: ignore[union-attr]
+        return EvalLoader(rows, ids, self.eval_batch_size, device, owners)
 
     def _place(self, rows: Rows) -> None:
         """Stretches pass Lightning unopened, so rows get the trainer's precision (`64-true`) and device all at once."""
@@ -135,19 +148,68 @@ def _split(num_rows: int, fractions: Sequence[float], seed: int) -> list[Tensor]
     return list(order.split([*sizes, rest]))
 
 
+def _moments(dataset: Dataset, ids: Tensor, mean: object) -> tuple[list[float], list[float]]:
+    tensors = getattr(dataset, "tensors", None)
+    if tensors is None or mean is not None:
+        why = "these data are not held as tensors" if tensors is None else "`data.mean` is given too"
+        raise ValueError(f"`data.standardise` (=True) cannot be, since {why}: give `data.mean` and `data.std` alone")
+    return moments(tensors[0][ids])
+
+
+def _columns(source: Source, num_columns: int, blocks: Sequence[Sequence[int | str]] | None) -> list[Tensor] | None:
+    if num_columns > 1:
+        width = torch.as_tensor(source.train[0][0]).shape[-1]
+        return deal_columns(source.columns if source.columns is not None else width, num_columns, blocks)
+    if blocks is not None:
+        raise ValueError(
+            f"`data.columns` (={blocks}) fits the layouts vertical and extended_vanilla, where each Alice owns some: "
+            "take one of them, or leave it null"
+        )
+    return None
+
+
 def _labels(rows: Rows, dataset: Dataset, num_classes: int) -> Tensor:
-    """The label of every row [N], for partitions by label; raises ValueError for one that is out of range."""
+    """The label of every row [N], -1 if only reading it would tell; raises ValueError for one that is out of range."""
     if isinstance(rows, InMemory):
         labels = rows.fields["y"]
+    elif hasattr(dataset, "targets"):
+        labels = torch.as_tensor(dataset.targets).long()
     else:
-        targets = getattr(dataset, "targets", None)
-        labels = torch.as_tensor(targets) if targets is not None else torch.zeros(len(rows), dtype=torch.int64)
+        return torch.full((len(rows),), -1)
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise ValueError(
             f"labels run from {int(labels.min())} to {int(labels.max())}, outside 0..{num_classes - 1}: "
             "number classes from 0, or give the right `num_classes`"
         )
     return labels
+
+
+def _owners(dealt: Mapping[Party, Tensor], num_rows: int) -> Tensor:
+    """Whose each row is, as a place in `dealt` [N]. Raises ValueError unless each row is dealt once."""
+    rows = torch.cat(list(dealt.values()))
+    if not torch.equal(rows.sort().values, torch.arange(num_rows)):
+        raise ValueError(
+            f"`partition` deals {len(rows)} rows, {len(rows.unique())} different ones: it must give each of the rows "
+            f"0..{num_rows - 1} to exactly one party"
+        )
+    owners = torch.empty(num_rows, dtype=torch.int64)
+    for place, shard in enumerate(dealt.values()):
+        owners[shard] = place
+    return owners
+
+
+def _keep(dealt: Mapping[Party, Tensor], ids: Tensor, num_rows: int) -> dict[Party, Tensor]:
+    """The shards without the rows that are not among `ids`. Raises ValueError where none is left."""
+    kept = torch.zeros(num_rows, dtype=torch.bool)
+    kept[ids] = True
+    shards = {taker: rows[kept[rows]] for taker, rows in dealt.items()}
+    for taker, rows in shards.items():
+        if len(rows) == 0:
+            raise ValueError(
+                f"{taker} has no training row: of {len(dealt[taker])} that `partition` deals her, all are held out; "
+                "take fewer Alices, another partition, or a smaller `data.val_fraction` or `data.test_fraction`"
+            )
+    return shards
 
 
 def _check(

@@ -29,28 +29,27 @@ class Normalise:
 
     Arguments:
         mean, std: per channel, or one number for all; None leaves the values as they are.
-        num_columns: how many parties own a block of columns (the last dimension) each; 1 keeps the input whole.
+        columns: for each party that owns some, their indices in the last dimension; None keeps the input whole.
     """
 
     def __init__(
-        self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, num_columns: int = 1
+        self,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        columns: Sequence[Tensor] | None = None,
     ) -> None:
         if (mean is None) != (std is None) or (std is not None and min(std) <= 0):
             raise ValueError(f"`mean` (={mean}) and `std` (={std}) must be given together, `std` above 0")
-        self.mean, self.std, self.num_columns = mean, std, num_columns
+        self.mean, self.std, self.columns = mean, std, columns
 
     def __call__(self, x: Tensor) -> Fields:
         # In place from the first copy on: at no time are there two float copies of a data set.
         x = x.float().div_(255) if x.dtype == torch.uint8 else x.clone() if self.mean is not None else x
         if self.mean is not None and self.std is not None:
             x.sub_(_per_channel(self.mean, x)).div_(_per_channel(self.std, x))
-        if self.num_columns == 1:
+        if self.columns is None:
             return {"x": x}
-        if x.shape[-1] < self.num_columns:
-            raise ValueError(
-                f"`num_alices` (={self.num_columns}) must not exceed the {x.shape[-1]} columns of the input"
-            )
-        return {f"x{i}": part.contiguous() for i, part in enumerate(x.tensor_split(self.num_columns, dim=-1))}
+        return {f"x{i}": x.index_select(-1, block.to(x.device)) for i, block in enumerate(self.columns)}
 
 
 class InMemory:
@@ -101,6 +100,16 @@ def load(dataset: Dataset) -> tuple[Tensor, Tensor]:
         return tensors[0], tensors[1].long()
     xs, ys = zip(*(dataset[i] for i in range(len(dataset))), strict=True)  # type: ignore[arg-type]
     return torch.stack([torch.as_tensor(x) for x in xs]), torch.as_tensor(ys, dtype=torch.int64)
+
+
+def moments(x: Tensor) -> tuple[list[float], list[float]]:
+    """Return mean and deviation of each channel of [N, C, ...], as `Normalise` takes them.
+
+    A channel of one value throughout has deviation 1, so that it becomes 0.
+    """
+    x = x.float() / 255 if x.dtype == torch.uint8 else x.double()
+    std, mean = torch.std_mean(x, dim=[0, *range(2, x.ndim)], correction=0)
+    return mean.tolist(), torch.where(std > 0, std, 1.0).tolist()
 
 
 def _per_channel(values: Sequence[float], x: Tensor) -> Tensor:

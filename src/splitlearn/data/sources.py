@@ -1,7 +1,6 @@
 """Where pictures and labels come from: each function here returns one `Source`.
 
-What fits in memory comes as a `TensorDataset`, so that a caller may take whole `.tensors`; folders of pictures stay
-on disk and are decoded when read. N samples, C channels, H and W pixels.
+What fits in memory comes as a `TensorDataset`, folders of pictures stay on disk. N samples, C channels, H, W pixels.
 """
 
 import math
@@ -32,12 +31,14 @@ AGAIN = "delete it and fetch it again with data.download=true"
 class Source(NamedTuple):
     """Map-style data sets of items (x, label): x a tensor [C, H, W], uint8 pixels or floats; label in 0..num_classes-1.
 
-    `test` is None where the source has no test set of its own: the caller splits one off `train`.
+    `test` is None where the source has no test set of its own: the caller splits one off `train`. `columns` names the
+    last dimension of x where its values have names.
     """
 
     train: Dataset
     test: Dataset | None
     num_classes: int
+    columns: Sequence[str] | None = None
 
 
 def digits() -> Source:
@@ -101,9 +102,8 @@ def datasets(train: Dataset, test: Dataset | None = None, num_classes: int | Non
     `num_classes` is the length of `train.classes`, or else follows from the largest of `train.targets`; where there is
     neither, it must be given. ValueError for a data set that is iterable-style, empty, or of other items.
     """
-    _require_samples("train", train)
-    if test is not None:
-        _require_samples("test", test)
+    for name, part in (("train", train), *([("test", test)] if test is not None else [])):
+        _require_samples(name, part)
     num_classes = _count_classes(train) if num_classes is None else num_classes
     if num_classes < 2:
         raise ValueError(f"`num_classes` (={num_classes}) must be at least 2: there is nothing to learn from one class")

@@ -1,0 +1,46 @@
+"""How well each Alice is served."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from splitlearn.layout import Party
+
+FEW = 10  # up to so many Alices are reported one by one
+
+
+class AccuracyByOwner(Metric):
+    """The accuracy on each party's own rows.
+
+    Arguments:
+        owners: the parties, in the order of the numbers that `update` is given.
+    """
+
+    correct: Tensor
+    total: Tensor
+
+    def __init__(self, owners: Sequence[Party]) -> None:
+        super().__init__(sync_on_compute=False)
+        self.owners = tuple(owners)
+        for state in ("correct", "total"):
+            self.add_state(state, torch.zeros(len(owners), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, output: Tensor, labels: Tensor, owners: Tensor) -> None:
+        """`output` [B, classes] belongs to `labels` [B] and the parties `owners` [B]."""
+        owners = owners.to(self.total.device)
+        right = (output.argmax(1) == labels).to(self.total.device)
+        self.total += torch.bincount(owners, minlength=len(self.owners))
+        self.correct += torch.bincount(owners[right], minlength=len(self.owners))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the accuracy of each party that has rows, if they are few, and the lowest of all as `worst`."""
+        having = self.total > 0
+        accuracy = self.correct / self.total.clamp(min=1)
+        if having.sum() < 2:
+            return {}
+        named = {f"/{owner}": value for owner, value, has in zip(self.owners, accuracy, having, strict=True) if has}
+        return {**(named if len(self.owners) <= FEW else {}), "_worst": accuracy[having].min()}

@@ -1,0 +1,114 @@
+"""How well each Alice is served, and what the network forgets from one Alice to the next."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from splitlearn.accuracy import FEW, AccuracyByOwner
+from splitlearn.layout import Party
+from splitlearn.learner import SplitLearner
+from splitlearn.segment import evaluating
+
+
+class Judge(Callback):
+    """Judges by Alice: on her own rows, and on all validation rows as she leaves the network to the next.
+
+    With the validation, and the test where its rows have owners, logs `val/accuracy/alice3` on the rows that are hers,
+    and `val/accuracy_worst`, the lowest of all Alices. Whenever an Alice has had her last mini-batch of the epoch, the
+    network goes through all validation rows: `val/accuracy_after/alice3`, and `val/performance_gap`, the mean over the
+    labels of the largest accuracy lost between an Alice and a later one, in [0, 1] (after Tirana et al. 2025, arXiv
+    2511.09736). What crosses for it counts as evaluation.
+
+    Arguments:
+        most: of more Alices so many are judged, at least 2, evenly spread over the order, first and last among them.
+    """
+
+    content_with_stretches = True
+
+    def __init__(self, most: int = FEW) -> None:
+        if most < 2:
+            raise ValueError(f"`callbacks.judge.most` (={most}) must be at least 2; ~callbacks.judge judges nobody")
+        self.most = most
+        self.epoch = -1
+        self.chosen: list[Party] = []
+        self.by_label: dict[Party, Tensor] = {}
+        self.by_owner: AccuracyByOwner | None = None
+
+    def on_alice_finished(self, trainer: pl.Trainer, learner: SplitLearner, alice: Party) -> None:
+        if not trainer.enable_validation or len(learner.schedule.takers) == 1:
+            return
+        if trainer.current_epoch != self.epoch:
+            self.epoch, self.by_label = trainer.current_epoch, {}
+        self.chosen = _spread(learner.schedule.participants(self.epoch), self.most)
+        if alice in self.chosen:
+            self.by_label[alice] = _count(trainer, learner, alice)
+
+    def on_validation_batch_end(  # type: ignore[override]
+        self, trainer: pl.Trainer, learner: SplitLearner, outputs: dict[str, Tensor], *_: Any
+    ) -> None:
+        if outputs["owners"] is not None:
+            self.by_owner = self.by_owner or AccuracyByOwner(learner.schedule.takers)
+            self.by_owner.update(**outputs)
+
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
+        self._log_by_owner(learner, "val")
+        if trainer.current_epoch != self.epoch or set(self.by_label) != set(self.chosen):
+            return
+        for alice, (correct, total) in self.by_label.items():
+            learner.log(f"val/accuracy_after/{alice}", correct.sum() / total.sum())
+        learner.log("val/performance_gap", performance_gap(torch.stack(list(self.by_label.values()))))
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
+        self._log_by_owner(learner, "test")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "chosen": self.chosen, "by_label": self.by_label}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epoch, self.chosen, self.by_label = (state_dict[name] for name in ("epoch", "chosen", "by_label"))
+
+    def _log_by_owner(self, learner: SplitLearner, stage: str) -> None:
+        if self.by_owner is not None:
+            learner.log_dict({f"{stage}/accuracy{name}": value for name, value in self.by_owner.compute().items()})
+        self.by_owner = None
+
+
+def performance_gap(counts: Tensor) -> Tensor:
+    """`counts` [Alices, 2, labels] are correct rows and all rows, one Alice after the other; return a scalar."""
+    accuracy = counts[:, 0] / counts[:, 1].clamp(min=1)
+    best_before = accuracy.cummax(dim=0).values
+    lost = (best_before - accuracy).amax(dim=0)
+    return lost[counts[0, 1] > 0].mean()
+
+
+@torch.no_grad()
+def _count(trainer: pl.Trainer, learner: SplitLearner, alice: Party) -> Tensor:
+    """Return, by label, the validation rows that are classified correctly and all of them: [2, labels]."""
+    network, num_labels = learner.network, int(learner.accuracy.num_classes or 0)
+    counts = torch.zeros(2, num_labels, dtype=torch.int64)
+    loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+    network.wire.ledger = learner.evaluation_ledger
+    try:
+        with evaluating(network), learner.rounds.as_of(alice):
+            for batch in islice(loader, int(trainer.num_val_batches[0])):
+                output, labels, _ = network(batch, learner.layout.cast(alice))
+                right = labels[output.argmax(1) == labels]
+                counts += torch.stack([torch.bincount(some, minlength=num_labels) for some in (right, labels)]).cpu()
+    finally:
+        network.wire.ledger = learner.ledger
+    torch.clear_autocast_cache()  # what it keeps was made without a graph
+    return counts
+
+
+def _spread(parties: list[Party], most: int) -> list[Party]:
+    if len(parties) <= most:
+        return parties
+    return [parties[round(i * (len(parties) - 1) / (most - 1))] for i in range(most)]

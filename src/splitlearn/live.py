@@ -1,0 +1,106 @@
+"""The one live copy of what a role trains: its weights and its optimizer's state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from splitlearn.layout import Party, Role
+from splitlearn.wire import Wire
+
+SERVER = "server"
+"""The party that keeps, hands on and averages the weights of the Alices (SplitFed's fed server). It sees no data."""
+
+
+class Live:
+    """The weights (buffers included) and the optimizer of a role; whoever has the turn trains them.
+
+    Arguments:
+        role: whose they are. An Alice's cross the wire; any other role is played by one party, who keeps all its
+            copies at home.
+        segments: the role's, by stage; wire: what weights and optimizer state cross.
+        optimizer: None where the role has nothing to train.
+    """
+
+    def __init__(
+        self, role: Role, segments: Mapping[str, nn.Module], wire: Wire, optimizer: Optimizer | None = None
+    ) -> None:
+        self.role, self.segments, self.wire, self.optimizer = role, segments, wire, optimizer
+        self.find()
+
+    def find(self) -> None:
+        """Look the tensors up again: a move to another device makes new buffers."""
+        self.weights: dict[str, Tensor] = {}
+        for stage, segment in self.segments.items():
+            kept = segment.state_dict(prefix=f"{stage}.", keep_vars=True)
+            self.weights.update({name: value for name, value in kept.items() if isinstance(value, Tensor)})
+        self.buffers = {name: value for name, value in self.weights.items() if not isinstance(value, nn.Parameter)}
+        self.trained = {name: value for name, value in self.weights.items() if value.requires_grad}
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: value.grad for name, value in self.trained.items() if value.grad is not None}
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of the optimizer's state: `{"0/exp_avg": ...}`, by the number of the parameter."""
+        return {
+            f"{i}/{key}": value
+            for i, state in self.own_state().items()
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        }
+
+    def carry(self, tensors: Mapping[str, Tensor], src: Party, dst: Party, kind: str) -> Mapping[str, Tensor]:
+        if self.role != "alice":
+            return tensors
+        return {name: self.wire.carry(tensor, src, dst, kind) for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self.weights[name].copy_(tensor)
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy these tensors into the optimizer's state, as `state` names them."""
+        own = self.own_state()
+        for name, tensor in tensors.items():
+            i, key = name.split("/")
+            there = own.setdefault(int(i), {})
+            if key in there:
+                there[key].copy_(tensor)
+            else:
+                there[key] = tensor.clone()
+        self.set_state(own)
+
+    def own_state(self) -> dict[int, dict[str, Any]]:
+        """The optimizer's state by the number of the parameter, not a copy."""
+        if self.optimizer is None:
+            return {}
+        state = self.optimizer.state
+        return {i: state[p] for i, p in enumerate(self._parameters()) if p in state}
+
+    def set_state(self, own: Mapping[int, dict[str, Any]]) -> None:
+        if self.optimizer is None:
+            return
+        parameters = self._parameters()
+        self.optimizer.state.clear()
+        for i, state in own.items():
+            # From a checkpoint it comes on the CPU, where torch has the step count anyway.
+            moved = {
+                k: v if k == "step" or not isinstance(v, Tensor) else v.to(parameters[i].device)
+                for k, v in state.items()
+            }
+            self.optimizer.state[parameters[i]] = moved
+
+    def _parameters(self) -> Sequence[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}

@@ -1,0 +1,123 @@
+"""Moves weights as the schedule says: when the turn passes to another Alice, and at the end of a round."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from splitlearn.layout import Party, Role
+from splitlearn.live import Live
+from splitlearn.network import Batch, SplitNetwork
+from splitlearn.schedule import Schedule
+from splitlearn.sharing import Personal
+
+
+class Rounds:
+    """Where a run stands: who has the turn, and what of whom has been averaged so far.
+
+    Arguments:
+        schedule: says what happens to the weights of each role. Checked against the network's layout.
+        network: whose weights these are.
+
+    `holder` has the turn or had the last one.
+    """
+
+    def __init__(self, schedule: Schedule, network: SplitNetwork) -> None:
+        schedule.check(network.layout)
+        self.schedule, self.network = schedule, network
+        self.holder = schedule.takers[0]
+        self.taking = False
+        self.num_rows = 0
+        roles = network.layout.roles
+        self.sharings = {role: schedule.alice if role == "alice" else copy.deepcopy(schedule.bob) for role in roles}
+        self.lives = {role: Live(role, network.segments_of(role), network.wire) for role in roles}
+        self.deferred = [role for role, sharing in self.sharings.items() if sharing.defers]
+        self.at_once = [role for role in roles if role not in self.deferred]
+        self.personal = isinstance(schedule.alice, Personal)
+
+    def find(self, optimizers: Mapping[Role, Optimizer] | None = None) -> None:
+        """Before training or evaluation: look the weights up where they are now, and take the optimizers to move."""
+        for role, live in self.lives.items():
+            live.optimizer = (optimizers or {}).get(role, live.optimizer)
+            live.find()
+
+    def take(self, alice: Party) -> None:
+        """The turn is Alice's from now on."""
+        if self.taking and alice == self.holder:
+            return
+        self._give()
+        for role, live in self.lives.items():
+            self.sharings[role].take(live, alice)
+        self.holder, self.taking = alice, True
+
+    def end(self) -> None:
+        """The round is over."""
+        self._give()
+        for role, live in self.lives.items():
+            self.sharings[role].end_round(live)
+
+    def show(self) -> None:
+        """Until `hide`, the weights are those that all agree on, if a round is going on."""
+        for role, live in self.lives.items():
+            self.sharings[role].show(live)
+
+    def hide(self) -> None:
+        for role, live in self.lives.items():
+            self.sharings[role].hide(live)
+
+    def predict(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return output, labels and owners of a batch; where bottoms are personal, each row goes through its owner's.
+
+        Rows that nobody owns then go through everybody's, and come back once for each.
+        """
+        if not self.personal:
+            output, labels, _ = self.network(batch, self.network.layout.cast(self.holder))
+            return output, labels, batch.owners
+        parts = []
+        for i, alice in enumerate(self.schedule.takers):
+            mine = batch if batch.owners is None else _rows_of(batch, batch.owners == i)
+            if len(mine.ids):
+                self.sharings["alice"].take(self.lives["alice"], alice)
+                output, labels, _ = self.network(mine, self.network.layout.cast(alice))
+                parts.append((output, labels, torch.full_like(labels, i)))
+        output, labels, owners = map(torch.cat, zip(*parts, strict=True))
+        return output, labels, owners
+
+    @contextmanager
+    def as_of(self, alice: Party) -> Iterator[None]:
+        """The network as Alice has it at this moment: with her own bottom, where bottoms are personal."""
+        if not self.personal:
+            yield
+            return
+        sharing, live = self.sharings["alice"], self.lives["alice"]
+        sharing.show(live)
+        sharing.take(live, alice)
+        yield
+        sharing.hide(live)
+
+    def state_dict(self) -> dict[str, Any]:
+        sharings = {role: sharing.state_dict() for role, sharing in self.sharings.items()}
+        return {"holder": self.holder, "taking": self.taking, "num_rows": self.num_rows, "sharings": sharings}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.holder, self.taking, self.num_rows = state["holder"], state["taking"], state["num_rows"]
+        for role, sharing in self.sharings.items():
+            sharing.load_state_dict(state["sharings"][role])
+
+    def _give(self) -> None:
+        if self.taking:
+            for role, live in self.lives.items():
+                self.sharings[role].give(live, self.holder, self.num_rows)
+        self.taking, self.num_rows = False, 0
+
+
+def _rows_of(batch: Batch, which: Tensor) -> Batch:
+    places = which.nonzero().flatten()
+    fields = {name: field[places.to(field.device)] for name, field in batch.fields.items()}
+    return batch._replace(ids=batch.ids[places], fields=fields)

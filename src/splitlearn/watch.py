@@ -1,0 +1,97 @@
+"""What TensorBoard shows of a split run that others have not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.utils import make_grid
+
+from splitlearn.data import SplitData
+from splitlearn.learner import SplitLearner
+from splitlearn.picture import who_has_what
+
+MANY_ALICES = 10  # beyond these, bytes are summed over them: a scalar for each would be thousands
+
+
+class Watch(Callback):
+    """Writes to TensorBoard what a split run has that others have not.
+
+    At the start a picture of who has which rows. Every `log_every_n_steps` mini-batches the loss, and by role the
+    learning rate and the gradient's norm (after clipping), and the bytes so far by direction and kind; after the first
+    epoch and every `every_n_epochs` a histogram of what crosses each cut, and a sheet of inputs beside it.
+
+    Arguments:
+        num_images: the rows of the data on the sheet.
+        every_n_epochs: between two sheets.
+    """
+
+    content_with_stretches = True
+
+    def __init__(self, num_images: int = 8, every_n_epochs: int = 5) -> None:
+        self.num_images, self.every_n_epochs = num_images, every_n_epochs
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self.fields = data.sample(self.num_images) if isinstance(data, SplitData) else None
+        for writer in _writers(trainer) if isinstance(data, SplitData) else []:
+            picture = who_has_what(data.labels, list(data.shards.values()), data.num_classes)
+            writer.add_image("who has what", picture, trainer.global_step)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, learner: SplitLearner, *_: Any) -> None:  # type: ignore[override]
+        step = trainer.global_step
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not trainer.loggers or not every or step % every:
+            return
+        scalars = {"train/loss_step": learner.last_loss}
+        for role, optimizer in learner.stepper.optimizers.items():
+            scalars[f"lr/{role}"] = optimizer.param_groups[0]["lr"]
+            scalars[f"grad_norm/{role}"] = float(_norm(learner.network.parameters_of(role)))
+        for pair, kinds in learner.ledger.table(merge=has_many_alices(learner)).items():
+            scalars.update({f"bytes/{pair}/{kind}": float(num_bytes) for kind, num_bytes in kinds.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=step)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
+        writers = _writers(trainer)
+        if not writers or self.fields is None or trainer.current_epoch % self.every_n_epochs:
+            return
+        fields = {name: field.to(learner.device) for name, field in self.fields.items()}
+        with trainer.precision_plugin.forward_context():
+            tape, _ = learner.network.look(fields)
+        crossed = {f"{hop.sender}->{hop.receiver}": hop.received.float().cpu() for hop in tape}
+        seen = {**{name: field.float().cpu() for name, field in fields.items() if name != "y"}, **crossed}
+        for writer in writers:
+            for name, value in crossed.items():
+                writer.add_histogram(f"smashed/{name}", value, trainer.global_step)
+            sheet = torch.cat([_strip(value) for value in seen.values()], dim=1)
+            writer.add_image("inputs above what crosses", sheet, trainer.global_step)
+
+
+def has_many_alices(learner: SplitLearner) -> bool:
+    """Whether bytes are told as a sum over the Alices, whether they take turns or own columns."""
+    parties = {*learner.schedule.takers, *learner.network.layout.roles}
+    return sum(party.startswith("alice") and party[5:].isdecimal() for party in parties) > MANY_ALICES
+
+
+def _writers(trainer: pl.Trainer) -> list[Any]:
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, pl.loggers.TensorBoardLogger)]
+
+
+def _strip(value: Tensor) -> Tensor:
+    """Draw each row of [N, ...] as one picture of 64x64 pixels, side by side: [3, 68, 2 + 66 N]."""
+    if value.ndim != 4:
+        flat = value.flatten(1)
+        side = math.ceil(math.sqrt(flat.shape[1]))
+        value = F.pad(flat, (0, side * side - flat.shape[1])).view(len(flat), 1, side, side)
+    pictures = value if value.shape[1] == 3 else value.mean(1, keepdim=True)
+    return make_grid(F.interpolate(pictures, (64, 64)), nrow=len(pictures), normalize=True, scale_each=True)
+
+
+def _norm(parameters: list[torch.nn.Parameter]) -> Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
