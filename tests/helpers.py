@@ -117,7 +117,7 @@ def train(
     trainer: Mapping[str, object] = MappingProxyType({}),
     **learner: object,
 ) -> Run:
-    """Train `net` for two epochs on 19 rows: ten steps, two of them short. The Alices hand on, or as `schedule` says."""
+    """Train `net` for two epochs on 19 rows: ten steps, two of them short. Alices hand on, or as `schedule` says."""
     x, y = make_rows(19) if rows is None else rows
     source = Source(TensorDataset(x, y), TensorDataset(x[:5], y[:5]), 3)
     takers = layout.takers(num_alices)

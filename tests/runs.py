@@ -19,6 +19,7 @@ from splitlearn.engines.simulated import SafeCheckpointIO
 from splitlearn.layout import two_party
 from splitlearn.learner import SplitLearner
 from splitlearn.network import SplitNetwork
+from splitlearn.partition import iid
 from splitlearn.schedule import Schedule
 from splitlearn.sharing import Handoff
 from splitlearn.wire import Wire
@@ -47,14 +48,17 @@ def make_data(num_rows=39, batch_size=4, layout=TWO_PARTY, num_alices=1, val_row
     """An epoch of ten mini-batches, of which the last has three rows."""
     x, y = make_rows(num_rows + val_rows)
     source = Source(TensorDataset(x, y), TensorDataset(x[:5], y[:5]), 3)
-    return SplitData(
-        source,
-        layout.takers(num_alices),
-        batch_size=batch_size,
-        eval_batch_size=3,
-        val_fraction=val_rows / len(x),
-        seed=SEED,
-    )
+    held_out = {"val_fraction": val_rows / len(x), "seed": SEED}
+    val_ids = SplitData(source, **held_out).val_ids
+
+    def deal(labels, num_shards, seed) -> list[Tensor]:
+        """Training rows evenly, and validation rows evenly, so that no Alice is left with a mini-batch of one row."""
+        rows = iid(labels, 1, seed)[0]
+        parts = [rows[torch.isin(rows, val_ids) == held].tensor_split(num_shards) for held in (False, True)]
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+    sizes = {"batch_size": batch_size, "eval_batch_size": 3}
+    return SplitData(source, layout.takers(num_alices), partition=deal, **sizes, **held_out)
 
 
 def make_learner(

@@ -63,7 +63,11 @@ def test_the_mean_of_equal_weights_is_these_to_the_bit(weights, dtype):
 def test_counters_stay_whole_and_the_largest_stays():
     """An optimizer's step count is one, though torch keeps it as a float; a weight of that name is not."""
     sent = [
-        {"bn.num_batches_tracked": torch.tensor(count), "0/step": torch.tensor(float(count)), "step": torch.tensor(value)}
+        {
+            "bn.num_batches_tracked": torch.tensor(count),
+            "0/step": torch.tensor(float(count)),
+            "step": torch.tensor(value),
+        }
         for count, value in ((2, 1.0), (7, 2.0), (5, 6.0))
     ]
     written = mean_of(sent, [1, 1, 1])

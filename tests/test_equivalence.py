@@ -10,6 +10,7 @@ What dropout draws is by definition a function of (seed, block, epoch, mini-batc
 
 import copy
 from collections import OrderedDict
+from functools import partial
 
 import pytest
 import torch
@@ -18,12 +19,14 @@ from helpers import (
     BLOCKS,
     SGD,
     Unsplit,
+    dealt,
     differences,
     make_network,
     make_rows,
     net,
     plainly,
     run_blocks,
+    smooth,
     train,
     weights_of,
 )
@@ -32,6 +35,7 @@ from torch import nn
 from splitlearn import layout as layouts
 from splitlearn.layout import multi_hop, two_party, u_shaped, whole
 from splitlearn.models.layers import dense_blocks, in_order, lazily
+from splitlearn.sharing import Average, Handoff, MeanGradient, Personal, Shared
 
 CHAINS = {
     "whole": whole(BLOCKS),
@@ -167,31 +171,75 @@ def reset(make, bottom):
     return of
 
 
+five_alices = partial(train, rows=make_rows(25), num_alices=5, batch_size=3)
+policies = pytest.mark.parametrize("policy", ["reset", "keep", "carry"])
+
+
+def assert_equal_to_one_loop(run, layout, make, bottom_optimizer):
+    """One net, one optimizer for the top, and for the bottom whatever `bottom_optimizer` says."""
+    unsplit = net()
+    owned = {role: [n for s in layout.stages if s.role == role for n in s.blocks] for role in ("alice", "bob")}
+    alice, bob = ([p for name in owned[role] for p in unsplit.get_submodule(name).parameters()] for role in owned)
+    of, top = bottom_optimizer(make, alice), make(bob)
+    losses = plainly(Unsplit(unsplit), lambda taker: [of(taker), top], run, make_rows(25))
+    assert differences(run.weights, unsplit.state_dict()) == []
+    assert_same_losses(run.losses, losses)
+
+
+def takers_of(run):
+    """In each epoch, whose mini-batches those are."""
+    return ["".join(taker[-1] for step in steps for taker in step.batches) for steps in run.steps]
+
+
 @pytest.mark.parametrize("layout", [two_party(BLOCKS, 2), u_shaped(BLOCKS, [1, 3])], ids=["two_party", "u_shaped"])
 @pytest.mark.parametrize(("policy", "bottom_optimizer"), [("carry", carried), ("keep", kept), ("reset", reset)])
 @both_optimizers
 def test_five_alices_in_turn_equal_one_loop_over_their_batches(layout, policy, bottom_optimizer, make):
     """Two epochs, so that the last Alice hands over to the first and `keep` finds an earlier state."""
-    rows = make_rows(25)
-    run = train(layout, rows=rows, num_alices=5, batch_size=3, optimizer_state=policy, make=make)
-    takers = [taker for epoch in run.steps for step in epoch for taker in step.batches]
-    assert takers == [f"alice{i}" for i in (0, 0, 1, 1, 2, 2, 3, 3, 4, 4)] * 2
-    unsplit = net()
-    owned = {role: [n for s in layout.stages if s.role == role for n in s.blocks] for role in ("alice", "bob")}
-    alice, bob = ([p for name in owned[role] for p in unsplit.get_submodule(name).parameters()] for role in owned)
-    of, top = bottom_optimizer(make, alice), make(bob)
-    losses = plainly(Unsplit(unsplit), lambda taker: [of(taker), top], run, rows)
-    assert differences(run.weights, unsplit.state_dict()) == []
-    assert_same_losses(run.losses, losses)
+    run = five_alices(layout, optimizer_state=policy, make=make)
+    assert takers_of(run) == ["0011223344", "0011223344"]
+    assert_equal_to_one_loop(run, layout, make, bottom_optimizer)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "takers"),
+    [
+        ({"turn": 1}, ["0123401234", "0123401234"]),
+        ({"order": "cyclic"}, ["0011223344", "1122334400"]),
+        ({"order": "cyclic", "turn": 1, "local_epochs": 2}, ["01234" * 4, "12340" * 4]),
+        ({"order": "random"}, None),
+        ({"local_epochs": 2}, ["00001111222233334444"] * 2),
+        ({"participation": 0.6, "order": "random"}, None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("policy", "bottom_optimizer"), [("keep", kept), ("reset", reset)])
+def test_so_do_five_alices_in_any_order_of_turns(schedule, takers, policy, bottom_optimizer):
+    layout = two_party(BLOCKS, 2)
+    run = five_alices(layout, make=ADAM, schedule={"alice": Handoff(policy), **schedule})
+    if takers is None:
+        assert "0011223344" not in takers_of(run)
+    else:
+        assert takers_of(run) == takers
+    assert_equal_to_one_loop(run, layout, ADAM, bottom_optimizer)
+
+
+@pytest.mark.parametrize("policy", ["carry", "keep"])
+def test_the_way_over_a_server_changes_no_bit(policy):
+    runs = [
+        five_alices(u_shaped(BLOCKS, [1, 3]), make=ADAM, schedule={"alice": Handoff(policy, handoff)})
+        for handoff in ("peer", "server")
+    ]
+    assert differences(runs[0].weights, runs[1].weights) == []
+    assert_same_losses(runs[0].losses, runs[1].losses)
 
 
 @both_optimizers
 def test_five_alices_who_carry_all_equal_one_optimizer_for_the_whole(make):
-    rows = make_rows(25)
-    run = train(two_party(BLOCKS, 2), rows=rows, num_alices=5, batch_size=3, make=make)
+    run = five_alices(two_party(BLOCKS, 2), make=make)
     unsplit = net()
     optimizer = make(unsplit.parameters())
-    plainly(Unsplit(unsplit), lambda taker: [optimizer], run, rows)
+    plainly(Unsplit(unsplit), lambda taker: [optimizer], run, make_rows(25))
     assert differences(run.weights, unsplit.state_dict()) == []
 
 
@@ -258,3 +306,315 @@ def test_evaluation_changes_no_bit_of_the_training(layout, often):
     assert_same_losses(with_it.losses, without.losses)
     assert with_it.learner.ledger.table() == without.learner.ledger.table()
     assert with_it.learner.evaluation_ledger.table() != without.learner.evaluation_ledger.table() == {}
+
+
+UNEQUAL = {"partition": dealt(8, 6, 5, 3, 3)}  # three, two or one mini-batch, short ones among them
+FEW = {"data": UNEQUAL, "make": ADAM}
+PLAIN = partial(torch.optim.SGD, lr=0.1)
+UNCUT = whole(BLOCKS)
+CUTS = (two_party(BLOCKS, 1), two_party(BLOCKS, 3), u_shaped(BLOCKS, [1, 3]), multi_hop(BLOCKS, [1, 2, 3]))
+
+
+def mean_of(states, weights):
+    """The weighted mean of the tensors of some parties, in double precision; of counts the largest."""
+
+    def mean(name):
+        values = [state[name] for state in states]
+        if name == "step" or not values[0].is_floating_point():
+            return torch.stack(values).amax(0)
+        return (sum(w * v.double() for w, v in zip(weights, values, strict=True)) / sum(weights)).to(values[0].dtype)
+
+    return {name: mean(name) for name in states[0]}
+
+
+class Side:
+    """A side of a cut in plain torch: `shared`, or a copy for each Alice, `averaged` behind a round or `personal`."""
+
+    def __init__(self, side, how, make, takers, policy):
+        self.how, self.make, self.policy = how, make, policy
+        self.of = {taker: side if how == "shared" else copy.deepcopy(side) for taker in takers}
+        self.optimizers = {taker: make(own.parameters()) for taker, own in self.of.items()}
+        if how == "shared":
+            self.optimizers = dict.fromkeys(takers, self.optimizers[takers[0]])
+
+    def end_round(self, num_rows):
+        if self.how != "averaged":
+            return
+        weights = mean_of([self.of[taker].state_dict() for taker in num_rows], num_rows.values())
+        states = [self.optimizers[taker].state_dict()["state"] for taker in num_rows]
+        for taker, own in self.of.items():
+            own.load_state_dict(weights)
+            if self.policy == "reset":
+                self.optimizers[taker] = self.make(own.parameters())
+            elif self.policy == "carry":
+                state = {i: mean_of([state[i] for state in states], num_rows.values()) for i in states[0]}
+                held = self.optimizers[taker].state_dict()
+                self.optimizers[taker].load_state_dict({**held, "state": state})
+
+
+def side_by_side(run, rows, make, bottoms, tops, policy="reset", model=net, cut=2):
+    """Every Alice with a net of her own, one after the other, then the average. Return the two sides."""
+    x, y = rows
+    takers = list(run.data.shards)
+    sides = [Side(model()[:cut], bottoms, make, takers, policy), Side(model()[cut:], tops, make, takers, policy)]
+    for epoch, steps in enumerate(run.steps):
+        num_rows = {}
+        for place, step in enumerate(steps):
+            ((taker, ids),) = step.batches.items()
+            mine = [side.of[taker].train() for side in sides]
+            optimizers = [side.optimizers[taker] for side in sides]
+            blocks = [block for side in mine for block in side.named_children()]
+            for side in mine:
+                side.zero_grad()
+            nn.functional.cross_entropy(run_blocks(blocks, x[ids], (epoch, place)), y[ids]).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            num_rows[taker] = num_rows.get(taker, 0) + len(ids)
+        for side in sides:
+            side.end_round(num_rows)
+    return sides
+
+
+def weights_at(sides, taker):
+    return {name: value for side in sides for name, value in side.of[taker].state_dict().items()}
+
+
+MIXED = {"local_epochs": 2, "participation": 0.6, "order": "random"}
+
+
+@policies
+@both_optimizers
+@pytest.mark.parametrize("more", [{}, MIXED], ids=["all", "three of five, two local epochs"])
+def test_fedavg_equals_one_written_by_hand(make, policy, more):
+    run = five_alices(UNCUT, **{**FEW, "make": make}, schedule={"alice": Average(policy), **more})
+    sides = side_by_side(run, make_rows(25), make, "averaged", "averaged", policy)
+    assert differences(run.weights, weights_at(sides, "alice0")) == []
+    assert run.weights["block1.1.num_batches_tracked"].dtype == torch.int64
+
+
+@policies
+@both_optimizers
+def test_splitfed_v1_equals_fedavg_wherever_it_is_cut(make, policy):
+    """Three of the five Alices in each of two rounds, in a random order, each for two local epochs."""
+    few = {**FEW, "make": make}
+    fedavg = five_alices(UNCUT, **few, schedule={"alice": Average(policy), **MIXED})
+    for layout in CUTS:
+        v1 = five_alices(layout, **few, schedule={"alice": Average(policy), "bob": Average(policy), **MIXED})
+        assert differences(v1.weights, fedavg.weights) == []
+        assert_same_losses(v1.losses, fedavg.losses)
+
+
+@both_optimizers
+@pytest.mark.parametrize("turn", ["epoch", 1])
+def test_so_it_does_with_everybody_and_with_a_round_every_mini_batch(make, turn):
+    few = {**FEW, "make": make}
+    fedavg = five_alices(UNCUT, **few, schedule={"alice": Average(), "turn": turn})
+    for layout in CUTS:
+        v1 = five_alices(layout, **few, schedule={"alice": Average(), "bob": Average(), "turn": turn})
+        assert differences(v1.weights, fedavg.weights) == []
+
+
+@policies
+@both_optimizers
+def test_splitfed_v2_equals_one_top_and_averaged_bottoms(make, policy):
+    schedule = {"alice": Average(policy), "order": "random"}
+    run = five_alices(two_party(BLOCKS, 2), **{**FEW, "make": make}, schedule=schedule)
+    sides = side_by_side(run, make_rows(25), make, "averaged", "shared", policy)
+    assert differences(run.weights, weights_at(sides, "alice0")) == []
+
+
+def own_weights(run):
+    """Each Alice's bottom where they are personal."""
+    sharing, live = run.learner.rounds.sharings["alice"], run.learner.rounds.lives["alice"]
+    held = {**{taker: own["weights"] for taker, own in sharing.own.items()}, sharing.holder: live.weights}
+    return {t: {name.split(".", 1)[1]: w for name, w in weights.items()} for t, weights in held.items()}
+
+
+@policies
+@both_optimizers
+def test_splitfed_v3_equals_personal_bottoms_and_averaged_tops(make, policy):
+    schedule = {"alice": Personal(), "bob": Average(policy)}
+    run = five_alices(two_party(BLOCKS, 2), **{**FEW, "make": make}, schedule=schedule)
+    bottoms, tops = side_by_side(run, make_rows(25), make, "personal", "averaged", policy)
+    top = tops.of["alice0"].state_dict()
+    assert differences({name: run.weights[name] for name in top}, top) == []
+    mine = own_weights(run)
+    assert sorted(mine) == sorted(bottoms.of)
+    for taker, bottom in bottoms.of.items():
+        assert differences(mine[taker], bottom.state_dict()) == []
+    assert "block1.0.weight" in differences(mine["alice0"], mine["alice1"])
+
+
+@pytest.mark.parametrize(("make", "policy"), [(PLAIN, "reset"), (SGD, "carry"), (ADAM, "carry")])
+def test_one_alice_makes_averaging_schemes_sequential_and_centralised(make, policy):
+    """The mean of one is herself."""
+    cut, average = two_party(BLOCKS, 2), {"alice": Average(policy), "order": "random"}
+    centralised = train(UNCUT, make=make, schedule={"alice": Shared()})
+    others = {
+        "sequential": train(cut, make=make),
+        "splitfed_v2": train(cut, make=make, schedule=average),
+        "splitfed_v1": train(cut, make=make, schedule={**average, "bob": Average(policy)}),
+        "splitfed_v3": train(cut, make=make, schedule={"alice": Personal(), "bob": Average(policy)}),
+        "fedavg": train(UNCUT, make=make, schedule=average),
+        "large_batch": train(UNCUT, make=make, schedule={"alice": MeanGradient(), "turn": "step"}),
+    }
+    for name, run in others.items():
+        assert differences(run.weights, centralised.weights) == [], name
+        assert_same_losses(run.losses, centralised.losses)
+
+
+@pytest.mark.parametrize("layout", [UNCUT, two_party(BLOCKS, 2)], ids=["fedavg", "splitfed_v1"])
+def test_alices_of_one_row_and_of_a_short_last_batch_count_as_what_they_have(layout):
+    shared = {"alice": Average()} if layout is UNCUT else {"alice": Average(), "bob": Average()}
+    data = {"partition": dealt(1, 5, 3)}
+    run = train(layout, smooth(), make_rows(9), num_alices=3, batch_size=2, schedule=shared, data=data)
+    assert [len(ids) for step in run.steps[0] for ids in step.batches.values()] == [1, 2, 2, 1, 2, 1]
+    sides = side_by_side(run, make_rows(9), SGD, "averaged", "averaged", model=smooth)
+    assert differences(run.weights, weights_at(sides, "alice0")) == []
+
+
+IDLE = partial(torch.optim.SGD, lr=0.0, momentum=0.9)
+SCHEMES = {
+    "sequential": (two_party(BLOCKS, 2), {}),
+    "splitfed_v1": (two_party(BLOCKS, 2), {"alice": Average(), "bob": Average()}),
+    "splitfed_v2": (two_party(BLOCKS, 2), {"alice": Average("carry"), "order": "random"}),
+    "splitfed_v3": (two_party(BLOCKS, 2), {"alice": Personal(), "bob": Average("keep")}),
+    "parallel": (two_party(BLOCKS, 2), {"alice": MeanGradient(), "bob": MeanGradient(), "turn": "step"}),
+    "fedavg": (UNCUT, {"alice": Average()}),
+    "large_batch": (UNCUT, {"alice": MeanGradient(), "turn": "step"}),
+}
+
+
+@pytest.mark.parametrize(("layout", "schedule"), SCHEMES.values(), ids=SCHEMES)
+def test_alices_who_change_nothing_leave_every_bit(layout, schedule):
+    run = five_alices(layout, **{**FEW, "make": IDLE}, schedule=schedule)
+    parameters = dict(net().named_parameters())
+    assert differences({name: run.weights[name] for name in parameters}, parameters) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [("sequential", 2 * 9), ("splitfed_v1", 2 * 3), ("splitfed_v2", 2 * 3), ("fedavg", 2 * 3), ("parallel", 2 * 3)],
+)
+def test_counters_of_mini_batches_stay_whole(name, counts):
+    """Nine mini-batches an epoch, and three of the Alice who has most; of what Alices count the largest stays."""
+    layout, schedule = SCHEMES[name]
+    run = five_alices(layout, **FEW, schedule=schedule)
+    count = run.weights["block1.1.num_batches_tracked"]
+    assert (count.item(), count.dtype) == (counts, torch.int64)
+
+
+MEAN = {"alice": MeanGradient(), "bob": MeanGradient(), "turn": "step"}
+LARGE = {"alice": MeanGradient(), "turn": "step"}
+
+
+def at_once(run, rows, make, personal=False, model=net, cut=2):
+    """In each step every Alice from the same net, then one step by the mean gradient; bottoms may be personal."""
+    x, y = rows
+    one, takers = model(), list(run.data.shards)
+    bottoms = {taker: copy.deepcopy(one[:cut]) if personal else one[:cut] for taker in takers}
+    optimizers = {taker: make(bottom.parameters()) for taker, bottom in bottoms.items()}
+    top = make(one[cut:].parameters() if personal else one.parameters())
+    for epoch, steps in enumerate(run.steps):
+        place = 0
+        for step in steps:
+            copies = {taker: copy.deepcopy(bottoms[taker]).extend(copy.deepcopy(one[cut:])) for taker in step.batches}
+            for taker, ids in step.batches.items():
+                copies[taker].train().zero_grad()
+                blocks = zip(BLOCKS, copies[taker], strict=True)
+                nn.functional.cross_entropy(run_blocks(blocks, x[ids], (epoch, place)), y[ids]).backward()
+                place += 1
+            sizes = [len(ids) for ids in step.batches.values()]
+            gradients = [dict(enumerate(p.grad for p in own.parameters())) for own in copies.values()]
+            mean, buffers = (
+                mean_of(gradients, sizes),
+                mean_of([dict(own.named_buffers()) for own in copies.values()], sizes),
+            )
+            for i, parameter in enumerate(one.parameters()):
+                parameter.grad = mean[i]
+            for buffer, new in zip(one.buffers(), buffers.values(), strict=True):
+                buffer.copy_(new)
+            top.step()
+            for taker in step.batches if personal else ():
+                for p, q in zip(bottoms[taker].parameters(), copies[taker].parameters(), strict=False):
+                    p.grad = q.grad
+                for p, q in zip(bottoms[taker].buffers(), copies[taker].buffers(), strict=False):
+                    p.copy_(q)
+                optimizers[taker].step()
+    return one, bottoms
+
+
+@both_optimizers
+def test_parallel_equals_copies_and_a_mean_written_by_hand_at_any_cut(make):
+    """Of unequal shards, with batch norm: its statistics are the mean of the Alices'."""
+    few = {**FEW, "make": make}
+    large = five_alices(UNCUT, **few, schedule=LARGE)
+    assert [len(step.batches) for step in large.steps[0]] == [5, 3, 1]
+    one, _ = at_once(large, make_rows(25), make)
+    assert differences(large.weights, one.state_dict()) == []
+    for layout in CUTS:
+        parallel = five_alices(layout, **few, schedule=MEAN)
+        assert differences(parallel.weights, large.weights) == []
+        assert_same_losses(parallel.losses, large.losses)
+
+
+@both_optimizers
+def test_parallel_with_personal_bottoms_equals_one_written_by_hand(make):
+    schedule = {"alice": Personal(), "bob": MeanGradient(), "turn": "step"}
+    run = five_alices(two_party(BLOCKS, 2), **{**FEW, "make": make}, schedule=schedule)
+    one, bottoms = at_once(run, make_rows(25), make, personal=True)
+    top = one[2:].state_dict()
+    assert differences({name: run.weights[name] for name in top}, top) == []
+    for taker, weights in own_weights(run).items():
+        assert differences(weights, bottoms[taker].state_dict()) == []
+
+
+def in_double(layout, make, schedule, data):
+    """Train in double precision, where what rounding leaves is far below what a mistake would."""
+    double = {"precision": "64-true"}
+    return five_alices(layout, smooth(), make=make, schedule=schedule, data=data, trainer=double)
+
+
+def centralised(run, make):
+    """One net on the rows of all Alices of a step at once."""
+    x, y = make_rows(25)
+    model = smooth().double()
+    optimizer = make(model.parameters())
+    for step in (step for steps in run.steps for step in steps):
+        ids = torch.cat(list(step.batches.values()))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[ids].double()), y[ids]).backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+def distance(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@pytest.mark.parametrize("data", [{}, UNEQUAL], ids=["equal shards", "unequal shards"])
+@both_optimizers
+def test_large_batch_and_parallel_equal_centralised_on_all_their_rows_at_once(make, data):
+    """The mean by rows of the mean gradients is the gradient of the mean."""
+    large = in_double(UNCUT, make, LARGE, data)
+    assert distance(large.weights, centralised(large, make)) < 1e-12
+    assert distance(large.weights, smooth().double().state_dict()) > 1e-3
+    for layout in (two_party(BLOCKS, 1), u_shaped(BLOCKS, [1, 3])):
+        parallel = in_double(layout, make, MEAN, data)
+        assert distance(parallel.weights, centralised(parallel, make)) < 1e-12
+
+
+def test_a_uniform_mean_is_another_one_where_mini_batches_are_unequal():
+    uniform = {"alice": MeanGradient("uniform"), "turn": "step"}
+    equal = in_double(UNCUT, SGD, uniform, {"partition": dealt(5, 5, 5, 5, 5)})
+    assert distance(equal.weights, centralised(equal, SGD)) < 1e-12
+    unequal = in_double(UNCUT, SGD, uniform, UNEQUAL)
+    assert distance(unequal.weights, centralised(unequal, SGD)) > 1e-6
+
+
+def test_fedavg_of_one_mini_batch_equals_large_batch():
+    """With plain SGD, to average weights behind a step is to average gradients before it."""
+    fedavg = in_double(UNCUT, PLAIN, {"alice": Average(), "turn": 1}, UNEQUAL)
+    large = in_double(UNCUT, PLAIN, LARGE, UNEQUAL)
+    assert distance(fedavg.weights, large.weights) < 1e-12

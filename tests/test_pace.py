@@ -26,9 +26,10 @@ from runs import (
 )
 
 from splitlearn import pace
-from splitlearn.callbacks import Interrupt, ProgressBar, Watch
+from splitlearn.callbacks import Interrupt, ProgressBar
 from splitlearn.layout import whole
 from splitlearn.learner import SplitLearner
+from splitlearn.watch import Watch
 
 LENGTHS = (1, 7, 50)
 WHOLE = whole(BLOCKS)

@@ -49,7 +49,7 @@ def run(
     folder, ckpt=None, saves=True, callbacks=(), num_alices=1, layout=TWO_PARTY, trainer=None, plugins=(), **learner
 ):
     """Train for two epochs of ten mini-batches; a checkpoint behind each of them, and at the end of each epoch."""
-    data = make_data(38, val_rows=8, num_alices=num_alices, layout=layout)
+    data = make_data(val_rows=6, num_alices=num_alices, layout=layout)
     trained, recorder = make_learner(data, layout, **learner), Recorder()
     callbacks = [Results(folder / "results.json"), *callbacks, Marks(recorder)]
     for name, when in saves * (

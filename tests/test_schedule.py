@@ -7,6 +7,8 @@ a a A          a a   A |         a a A           a a a a a A
                                  | | |
 """
 
+import re
+
 import pytest
 import torch
 
@@ -19,6 +21,10 @@ NUM_BATCHES = {"alice0": 3, "alice1": 1, "alice2": 2}
 LETTERS = {"alice0": "a", "alice1": "b", "alice2": "c"}
 FIVE = tuple(f"alice{i}" for i in range(5))
 BLOCKS = ("block1", "block2", "block3", "head")
+
+
+def refused(error):
+    return pytest.raises(ValueError, match=f"^{re.escape(error)}$")
 
 
 def batches(taker, number):
@@ -175,15 +181,14 @@ def test_by_default_alices_hand_on_and_bob_is_one():
     ids=str,
 )
 def test_what_cannot_be_scheduled(arguments, error):
-    with pytest.raises(ValueError) as raised:
+    with refused(error):
         Schedule(**{"takers": TAKERS, **arguments})
-    assert str(raised.value) == error
 
 
 @pytest.mark.parametrize("num_alices", [2, 3, 7, 9, 11, 1000])
 def test_the_participation_that_the_message_asks_for_suffices(num_alices):
     takers = [f"alice{i}" for i in range(num_alices)]
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(ValueError, match="rounds to nobody: take at least") as raised:
         Schedule(takers, participation=0.4 / num_alices)
     Schedule(takers, participation=float(str(raised.value).rpartition(" ")[2]))
 
@@ -216,18 +221,18 @@ def test_owners_of_columns_train_all_at_once(layout):
     Schedule(takers).check(layout)
     for scheme in ("splitfed_v1", "splitfed_v2", "splitfed_v3", "parallel"):
         schedule = Schedule(takers, **SCHEMES[scheme])
-        with pytest.raises(ValueError) as raised:
-            schedule.check(layout)
-        assert str(raised.value) == (
+        error = (
             f"`schedule` ({schedule.describe()}) does not fit {layout.kind}, where all Alices train at once: "
             "take schedule=sequential, or layout two_party, multi_hop or u_shaped"
         )
+        with refused(error):
+            schedule.check(layout)
 
 
 def test_where_there_is_no_bob_he_shares_nothing():
-    with pytest.raises(ValueError) as raised:
-        Schedule(TAKERS, Average(), Average()).check(whole(BLOCKS))
-    assert str(raised.value) == (
+    error = (
         "`schedule.bob` (=Average(optimizer_state='reset', weighting='samples')) does not fit whole, where there is "
         "nobody but Alice: take layout two_party, multi_hop or u_shaped, or schedule sequential, fedavg or large_batch"
     )
+    with refused(error):
+        Schedule(TAKERS, Average(), Average()).check(whole(BLOCKS))

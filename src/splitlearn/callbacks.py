@@ -17,7 +17,6 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from splitlearn.drawing import draw
 from splitlearn.learner import SplitLearner
-from splitlearn.watch import Watch as Watch
 
 
 class ProgressBar(TQDMProgressBar):

@@ -35,7 +35,7 @@ class Rounds:
         self.taking = False
         self.num_rows = 0
         roles = network.layout.roles
-        self.sharings = {role: schedule.alice if role == "alice" else copy.deepcopy(schedule.bob) for role in roles}
+        self.sharings = {role: copy.deepcopy(schedule.alice if role == "alice" else schedule.bob) for role in roles}
         self.lives = {role: Live(role, network.segments_of(role), network.wire) for role in roles}
         self.deferred = [role for role, sharing in self.sharings.items() if sharing.defers]
         self.at_once = [role for role in roles if role not in self.deferred]

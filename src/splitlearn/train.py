@@ -29,12 +29,13 @@ from splitlearn.engines.simulated import SafeCheckpointIO, Simulated
 from splitlearn.errors import DivergedError, InputError
 from splitlearn.learner import SplitLearner
 from splitlearn.network import SplitNetwork, check_blocks
+from splitlearn.watch import has_many_alices
 
 HERE = Path(__file__).resolve().parent
 # The wheel carries conf/ inside the package; in a checkout it stands at the top.
 CONF = str(HERE / "conf" if (HERE / "conf").is_dir() else HERE.parents[1] / "conf")
 LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
-READ_BY_SOURCE = ("source", "root", "download", "image_size")
+READ_BY_SOURCE = ("source", "root", "download", "image_size", "label")
 # What a table of runs is for; all of a run's configuration stands in its folder.
 COMPARED = (
     "seed",
@@ -204,7 +205,7 @@ def _print_table(run: Run, metrics: dict[str, float]) -> None:
     table = Table("", "result", title=run.learner.layout.kind)
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}")
-    for pair, kinds in run.learner.ledger.table(merge=True).items():
+    for pair, kinds in run.learner.ledger.table(merge=has_many_alices(run.learner)).items():
         table.add_row(pair, ", ".join(f"{kind} {num_bytes:,} bytes" for kind, num_bytes in kinds.items()))
     table.add_row("output", str(run.trainer.default_root_dir))
     Console().print(table)

@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
+from splitlearn.accuracy import FEW
 from splitlearn.data import SplitData
 from splitlearn.learner import SplitLearner
 from splitlearn.picture import who_has_what
-
-MANY_ALICES = 10  # beyond these, bytes are summed over them: a scalar for each would be thousands
 
 
 class Watch(Callback):
@@ -76,7 +75,7 @@ class Watch(Callback):
 def has_many_alices(learner: SplitLearner) -> bool:
     """Whether bytes are told as a sum over the Alices, whether they take turns or own columns."""
     parties = {*learner.schedule.takers, *learner.network.layout.roles}
-    return sum(party.startswith("alice") and party[5:].isdecimal() for party in parties) > MANY_ALICES
+    return sum(party.startswith("alice") and party[5:].isdecimal() for party in parties) > FEW
 
 
 def _writers(trainer: pl.Trainer) -> list[Any]:
