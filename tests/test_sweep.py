@@ -44,7 +44,7 @@ def test_a_line_for_each_run_in_order_and_a_column_for_each_key_that_varies(swee
     assert list(lines[3].values()) == ["3", "", "", "0", "0", "1.5", "DivergedError: the loss is nan"]
     assert list(lines[4].values()) == ["4", "", "", "", "", "", "no result"]
     printed = capsys.readouterr().out
-    assert "DivergedError" in printed
+    assert "Diverged" in printed
     assert "nan" not in printed
 
 
