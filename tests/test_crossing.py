@@ -5,6 +5,7 @@ import torch
 from helpers import ADAM, BLOCKS, SGD, Recorder, differences, make_rows, net, train
 
 from splitlearn.layout import extended_vanilla, multi_hop, two_party, u_shaped, vertical, whole
+from splitlearn.sharing import Average, Handoff, MeanGradient, Personal
 
 P = 19  # rows; behind the blocks are 48, 10, 7 and 3 elements a row
 TWICE = 2 * P  # epochs times rows: the last mini-batch of each is short, and no row is dropped
@@ -116,6 +117,97 @@ def test_both_ends_of_a_u_are_handed_over():
     head = 4 * (7 * 3 + 3)
     between = {way: kinds for way, kinds in run.learner.ledger.table().items() if "bob" not in way}
     assert between == {way: {"weights": times * (BOTTOM + head)} for way, times in HAND_OVERS.items()}
+
+
+K, E, STEPS = 3, 2, 2  # Alices, epochs, steps of an epoch in which all train at once
+TOP = 4 * (48 * 10 + 10 + 10 * 7 + 7 + 4 * 7 + 7 * 3 + 3) + 8
+TRAINED = 4 * (18 + 2 + 2 * 2)  # of the bottom
+UNCUT, ALL_TRAINED = BOTTOM + TOP, TRAINED + 4 * (48 * 10 + 10 + 10 * 7 + 7 + 2 * 7 + 7 * 3 + 3)
+MEAN = {"alice": MeanGradient(), "turn": "step"}
+# name: (layout, schedule, bytes by kind of what moves weights, by NUMBERS.md's closed forms)
+SCHEMES = {
+    "peer": (two_party(BLOCKS, 1), {"alice": Handoff("reset")}, {"weights": (K * E - 1) * BOTTOM}),
+    "server": (two_party(BLOCKS, 1), {"alice": Handoff("reset", "server")}, {"weights": 2 * (K * E - 1) * BOTTOM}),
+    "two turns an epoch": (
+        two_party(BLOCKS, 1),
+        {"alice": Handoff("keep"), "turn": 1},
+        {"weights": (2 * K * E - 1) * BOTTOM},
+    ),
+    "splitfed_v1": (
+        two_party(BLOCKS, 1),
+        {"alice": Average(), "bob": Average("carry")},
+        {"weights": 2 * K * E * BOTTOM},
+    ),
+    "splitfed_v2": (two_party(BLOCKS, 1), {"alice": Average("keep")}, {"weights": 2 * K * E * BOTTOM}),
+    "splitfed_v2, carry": (  # there is no state to begin with
+        two_party(BLOCKS, 1),
+        {"alice": Average("carry")},
+        {"weights": 2 * K * E * BOTTOM, "optimizer_state": (2 * K * E - K) * (2 * TRAINED + 4 * 4)},
+    ),
+    "splitfed_v3": (two_party(BLOCKS, 1), {"alice": Personal(), "bob": Average()}, {}),
+    "parallel": (
+        two_party(BLOCKS, 1),
+        {**MEAN, "bob": MeanGradient()},
+        {"weight_gradient": 2 * K * E * STEPS * TRAINED, "weights": 2 * K * E * STEPS * (BOTTOM - TRAINED)},
+    ),
+    "fedavg": (whole(BLOCKS), {"alice": Average()}, {"weights": 2 * K * E * UNCUT}),
+    "large_batch": (
+        whole(BLOCKS),
+        MEAN,
+        {
+            "weight_gradient": 2 * K * E * STEPS * ALL_TRAINED,
+            "weights": 2 * K * E * STEPS * (UNCUT - ALL_TRAINED),
+        },
+    ),
+}
+
+
+def total(table, among):
+    """Bytes by kind, of those ways whose both ends are, or are not, `among` the Alices and their server."""
+    sums = {}
+    for way, kinds in table.items():
+        if all(party == "server" or party.startswith("alice") for party in way.split("->")) == among:
+            for kind, num_bytes in kinds.items():
+                sums[kind] = sums.get(kind, 0) + num_bytes
+    return sums
+
+
+@pytest.mark.parametrize(("layout", "schedule", "moves"), SCHEMES.values(), ids=SCHEMES)
+def test_every_scheme_costs_what_the_closed_forms_say(layout, schedule, moves):
+    """Two ways of p rows with q elements each in an epoch, wherever the network is cut; weights as in SCHEMES."""
+    run = train(layout, num_alices=K, make=ADAM, schedule=schedule)
+    table = run.learner.ledger.table()
+    assert total(table, among=True) == moves
+    crossed = {"activation": TWICE * 48 * 4, "gradient": TWICE * 48 * 4} if len(layout.roles) > 1 else {}
+    assert total(table, among=False) == crossed
+
+
+def test_an_average_costs_each_alice_the_same_both_ways():
+    run = train(two_party(BLOCKS, 1), num_alices=K, schedule={"alice": Average()})
+    ways = {way: kinds["weights"] for way, kinds in run.learner.ledger.table().items() if "server" in way}
+    alices = [f"alice{i}" for i in range(K)]
+    up, down = ([way.format(alice) for alice in alices] for way in ("{}->server", "server->{}"))
+    assert ways == dict.fromkeys(up + down, E * BOTTOM)
+
+
+def test_an_epoch_costs_those_who_take_part_in_it():
+    schedule = {"alice": Average(), "participation": 0.6, "local_epochs": 2}
+    run = train(two_party(BLOCKS, 1), rows=make_rows(25), num_alices=5, batch_size=5, epochs=3, schedule=schedule)
+    drawn = [run.learner.schedule.participants(epoch) for epoch in range(3)]
+    times = {alice: sum(alice in epoch for epoch in drawn) for alice in (f"alice{i}" for i in range(5))}
+    assert sum(times.values()) == 9
+    assert len(set(times.values())) > 1  # chance gave them unequal shares, or this would show little
+    table = run.learner.ledger.table()
+    for alice, n in times.items():
+        weights, activations = {"weights": n * BOTTOM}, {"activation": n * 2 * 5 * 48 * 4}
+        for way, costs in (("server->{}", weights), ("{}->server", weights), ("{}->bob", activations)):
+            assert table.get(way.format(alice)) == (costs if n else None)
+
+
+def test_both_ends_of_a_u_are_averaged():
+    run = train(u_shaped(BLOCKS, [1, 3]), num_alices=K, schedule={"alice": Average(), "bob": Average()})
+    head = 4 * (7 * 3 + 3)
+    assert total(run.learner.ledger.table(), among=True) == {"weights": 2 * K * E * (BOTTOM + head)}
 
 
 def test_evaluation_is_metered_apart():

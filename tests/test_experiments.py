@@ -20,10 +20,18 @@ TINY_BATCHES = (
     "trainer.limit_test_batches=1",
 )
 TINY_VGG = (*TINY_BATCHES, "model.hidden_sizes=[8]")
+TWENTY_EACH = ("data.batch_size=40", "data.val_fraction=0.0", "metric=train/loss")  # of 200, dealt to ten Alices
+TINY = {"cifar10_vgg16_2party": TINY_VGG, "schemes": TWENTY_EACH, "forgetting": TWENTY_EACH}
 
 # What crosses in five mini-batches of 40 rows (4 at the VGG): rows x elements at the cut x 4 bytes, and back.
 HIDDEN1, HIDDEN2 = 200 * 128 * 4, 200 * 640 * 4
 WEIGHTS = (784 * 128 + 128 + 128 * 640 + 640) * 4  # of both hidden layers
+CONVS = (6 * 25 + 6 + 16 * 6 * 25 + 16) * 4  # weights of LeNet's first two blocks
+TEN_ALICES = {
+    **{f"alice{i}->bob": {"activation": 20 * 16 * 7 * 7 * 4} for i in range(5)},
+    **{f"bob->alice{i}": {"gradient": 20 * 16 * 7 * 7 * 4} for i in range(5)},
+    **{f"alice{i}->alice{i + 1}": {"weights": CONVS} for i in range(4)},
+}
 EXPERIMENTS = {
     "digits_2party": {"alice0->bob": {"activation": 200 * 64 * 4}, "bob->alice0": {"gradient": 200 * 64 * 4}},
     "mnist_2party": {"alice0->bob": {"activation": HIDDEN2}, "bob->alice0": {"gradient": HIDDEN2}},
@@ -52,6 +60,8 @@ EXPERIMENTS = {
         "alice0->bob": {"activation": 20 * 64 * 32 * 32 * 4},
         "bob->alice0": {"gradient": 20 * 64 * 32 * 32 * 4},
     },
+    "schemes": TEN_ALICES,
+    "forgetting": TEN_ALICES,
 }
 
 
@@ -63,8 +73,7 @@ def options(group: str) -> list[str]:
 @pytest.mark.parametrize("name", options("experiment"))
 def test_an_experiment_runs_and_leaves_its_results(name, configure, idx_root, monkeypatch, tmp_path):
     monkeypatch.setenv("SPLITLEARN_DATA", str(idx_root))
-    tiny = TINY_VGG if "vgg" in name else ("data.batch_size=40",)
-    cfg = configure(f"+experiment={name}", *FEW, *tiny)
+    cfg = configure(f"+experiment={name}", *FEW, *TINY.get(name, ("data.batch_size=40",)))
     metric = train(cfg)
 
     results = json.loads((tmp_path / "run" / "results.json").read_text())

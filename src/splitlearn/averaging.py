@@ -43,7 +43,7 @@ class WeightedMean:
         self.total = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums, "total": self.total}
+        return {"sums": self.sums if self.total else {}, "total": self.total}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sums, self.total = state["sums"], state["total"]

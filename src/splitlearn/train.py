@@ -89,7 +89,7 @@ def train(cfg: DictConfig) -> float | None:
 def build(cfg: DictConfig) -> Run:
     """Make the objects of a run from its configuration; each checks what it is given."""
     OmegaConf.resolve(cfg)
-    cfg.update(cfg.schedule.get("sets", {}))  # a scheme may bring its own layout
+    _bring(cfg)
     _check(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     source = make(cfg.data.source)
@@ -125,8 +125,18 @@ def main(cfg: DictConfig) -> float | None:
 def _check(cfg: DictConfig) -> None:
     if not isinstance(cfg.seed, int) or not 0 <= cfg.seed <= LARGEST_SEED:
         raise InputError(f"`seed` (={cfg.seed}) must be a whole number from 0 to {LARGEST_SEED}")
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise InputError(f"{', '.join(f'`{key}`' for key in missing)} must be given: {missing[0]}=...")
     if cfg.ckpt is not None and not Path(cfg.ckpt).is_file():
         raise InputError(f"`ckpt` (={cfg.ckpt}) is not a file: name a checkpoint, or leave `ckpt` out to train anew")
+
+
+def _bring(cfg: DictConfig) -> None:
+    """A scheme may bring a layout of its own, and says so where another one was asked for."""
+    for key, value in cfg.schedule.get("sets", {}).items():
+        if cfg[key] != value:
+            logging.getLogger(__name__).info("schedule brings %s: %s", key, value)
+        cfg[key] = value
 
 
 def _without(cfg: DictConfig, keys: Sequence[str]) -> DictConfig:
