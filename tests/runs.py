@@ -44,28 +44,30 @@ class Recorder(Logger):
         self.logged.append((step, dict(metrics)))
 
 
-def make_data(num_rows=39, batch_size=4, layout=TWO_PARTY, num_alices=1, val_rows=0) -> SplitData:
-    """An epoch of ten mini-batches, of which the last has three rows."""
+def make_data(num_rows=39, batch_size=4, layout=TWO_PARTY, num_alices=1, val_rows=0, sizes=None) -> SplitData:
+    """An epoch of ten mini-batches, of which the last has three rows; `sizes` are those of the shards, else alike."""
     x, y = make_rows(num_rows + val_rows)
     source = Source(TensorDataset(x, y), TensorDataset(x[:5], y[:5]), 3)
     held_out = {"val_fraction": val_rows / len(x), "seed": SEED}
     val_ids = SplitData(source, **held_out).val_ids
 
     def deal(labels, num_shards, seed) -> list[Tensor]:
-        """Training rows evenly, and validation rows evenly, so that no Alice is left with a mini-batch of one row."""
+        """Training rows apart from validation rows, so that no Alice is left with a mini-batch of one row."""
         rows = iid(labels, 1, seed)[0]
-        parts = [rows[torch.isin(rows, val_ids) == held].tensor_split(num_shards) for held in (False, True)]
-        return [torch.cat(part) for part in zip(*parts, strict=True)]
+        train, held = (rows[torch.isin(rows, val_ids) == held] for held in (False, True))
+        parts = train.split(sizes) if sizes else train.tensor_split(num_shards)
+        return [torch.cat(part) for part in zip(parts, held.tensor_split(num_shards), strict=True)]
 
-    sizes = {"batch_size": batch_size, "eval_batch_size": 3}
-    return SplitData(source, layout.takers(num_alices), partition=deal, **sizes, **held_out)
+    batches = {"batch_size": batch_size, "eval_batch_size": 3}
+    return SplitData(source, layout.takers(num_alices), partition=deal, **batches, **held_out)
 
 
 def make_learner(
-    data, layout=TWO_PARTY, make=SGD, model=None, state="carry", kind=SplitLearner, **kwargs
+    data, layout=TWO_PARTY, make=SGD, model=None, state="carry", schedule=None, kind=SplitLearner, **kwargs
 ) -> SplitLearner:
     network = SplitNetwork(model or net(), layout, Wire(), data.sample(), SEED)
-    return kind(network, Schedule(tuple(data.shards), Handoff(state)), make, nn.CrossEntropyLoss(), 3, **kwargs)
+    arranged = Schedule(tuple(data.shards), **{"alice": Handoff(state), **(schedule or {})})
+    return kind(network, arranged, make, nn.CrossEntropyLoss(), 3, **kwargs)
 
 
 def make_trainer(folder: Path, callbacks=(), logger=False, plugins=(), **kwargs) -> pl.Trainer:
@@ -218,7 +220,7 @@ def end_state(learner: SplitLearner, trainer: pl.Trainer) -> dict:
         "bytes": learner.ledger.table(),
         "evaluation bytes": learner.evaluation_ledger.table(),
         "mean loss": learner.mean_loss,
-        "holder": learner.rounds.holder,
+        "rounds": learner.rounds.state_dict(),
         "step, epoch": (trainer.global_step, trainer.current_epoch),
     }
 

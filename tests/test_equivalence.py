@@ -387,6 +387,7 @@ MIXED = {"local_epochs": 2, "participation": 0.6, "order": "random"}
 @pytest.mark.parametrize("more", [{}, MIXED], ids=["all", "three of five, two local epochs"])
 def test_fedavg_equals_one_written_by_hand(make, policy, more):
     run = five_alices(UNCUT, **{**FEW, "make": make}, schedule={"alice": Average(policy), **more})
+    assert len(run.losses) == run.trainer.global_step == sum(map(len, run.steps))
     sides = side_by_side(run, make_rows(25), make, "averaged", "averaged", policy)
     assert differences(run.weights, weights_at(sides, "alice0")) == []
     assert run.weights["block1.1.num_batches_tracked"].dtype == torch.int64
@@ -618,3 +619,24 @@ def test_fedavg_of_one_mini_batch_equals_large_batch():
     fedavg = in_double(UNCUT, PLAIN, {"alice": Average(), "turn": 1}, UNEQUAL)
     large = in_double(UNCUT, PLAIN, LARGE, UNEQUAL)
     assert distance(fedavg.weights, large.weights) < 1e-12
+
+
+def test_epochs_may_have_unequal_numbers_of_mini_batches():
+    """As those who take part have."""
+    run = five_alices(UNCUT, **FEW, epochs=3, schedule={"alice": Average(), **MIXED})
+    assert [len(steps) for steps in run.steps] == [12, 12, 10]
+    assert len(run.losses) == run.trainer.global_step == 34
+    sides = side_by_side(run, make_rows(25), ADAM, "averaged", "averaged")
+    assert differences(run.weights, weights_at(sides, "alice0")) == []
+
+
+@pytest.mark.parametrize(("layout", "schedule"), SCHEMES.values(), ids=SCHEMES)
+def test_evaluation_in_the_middle_of_a_round_changes_no_bit_of_the_training(layout, schedule):
+    """It sees what all agreed on at its start, and everybody's own bottom."""
+    few = {"rows": make_rows(43), "num_alices": 3, "val_fraction": 0.25, "schedule": schedule, "make": ADAM}
+    with_it = train(layout, **few, trainer={"val_check_interval": 2})
+    without = train(layout, **few, trainer={"limit_val_batches": 0})
+    assert differences(with_it.weights, without.weights) == []
+    assert_same_losses(with_it.losses, without.losses)
+    assert with_it.learner.ledger.table() == without.learner.ledger.table()
+    assert without.learner.evaluation_ledger.table() == {}

@@ -25,7 +25,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from splitlearn.callbacks import Results
 from splitlearn.errors import InputError
-from splitlearn.layout import two_party, u_shaped
+from splitlearn.layout import multi_hop, two_party, u_shaped, whole
+from splitlearn.sharing import Average, Handoff, MeanGradient, Personal
 
 PLATEAU = partial(ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.1)
 STEP = partial(StepLR, step_size=1, gamma=0.7)
@@ -46,10 +47,19 @@ def half_precision():
 
 
 def run(
-    folder, ckpt=None, saves=True, callbacks=(), num_alices=1, layout=TWO_PARTY, trainer=None, plugins=(), **learner
+    folder,
+    ckpt=None,
+    saves=True,
+    callbacks=(),
+    num_alices=1,
+    layout=TWO_PARTY,
+    trainer=None,
+    plugins=(),
+    sizes=None,
+    **learner,
 ):
     """Train for two epochs of ten mini-batches; a checkpoint behind each of them, and at the end of each epoch."""
-    data = make_data(val_rows=6, num_alices=num_alices, layout=layout)
+    data = make_data(val_rows=6, num_alices=num_alices, layout=layout, sizes=sizes)
     trained, recorder = make_learner(data, layout, **learner), Recorder()
     callbacks = [Results(folder / "results.json"), *callbacks, Marks(recorder)]
     for name, when in saves * (
@@ -66,6 +76,16 @@ def run(
 
 VALIDATE_EVERY_FIVE = {"val_check_interval": 5}
 ENDLESS = {"max_steps": 20, "max_epochs": -1}
+U_SHAPED = u_shaped(BLOCKS, [1, 3])
+
+
+def scheme(layout=TWO_PARTY, trainer=None, **schedule):
+    """Five Alices with Adam, two mini-batches each in an epoch."""
+    return {"make": ADAM, "num_alices": 5, "layout": layout, "schedule": schedule, "trainer": trainer}
+
+
+# Two Alices an epoch, four mini-batches each: 4 stands between two turns, 5 in a turn, 8 at the end of a round
+DRAWN = {"participation": 0.4, "local_epochs": 2, "order": "random"}
 # Arguments of `run`, and the checkpoints to go on from: behind so many mini-batches, or the first epoch's end
 CASES = {
     "adam, dropout": ({"make": ADAM}, ["1", "9", "10", "end0", "11", "18"]),
@@ -89,7 +109,41 @@ CASES = {
     "five alices": ({"make": ADAM, "num_alices": 5, "scheduler": STEP}, ["5", "6", "10", "end0", "15"]),
     "five alices, keep": ({"make": ADAM, "num_alices": 5, "state": "keep"}, ["5", "6", "end0", "15"]),
     "five alices, reset": ({"make": ADAM, "num_alices": 5, "state": "reset"}, ["5"]),
-    "u-shaped": ({"layout": u_shaped(BLOCKS, [1, 3])}, ["5", "end0"]),
+    "sequential by way of a server": (
+        scheme(alice=Handoff("keep", "server"), turn=1, order="cyclic"),
+        ["1", "5", "10", "13"],
+    ),
+    "splitfed_v1": (scheme(alice=Average(), bob=Average()), ["1", "5", "6", "10", "end0", "13"]),
+    "splitfed_v1, keep": (scheme(U_SHAPED, alice=Average("keep"), bob=Average("keep")), ["5", "10", "13"]),
+    "splitfed_v1, carry, some": (
+        scheme(multi_hop(BLOCKS, [1, 2]), alice=Average("carry"), bob=Average("carry"), **DRAWN),
+        ["3", "4", "8", "13"],
+    ),
+    "splitfed_v2, validation in a round": (
+        scheme(alice=Average("keep"), order="random", trainer={"val_check_interval": 3}),
+        ["5", "6", "end0"],
+    ),
+    "splitfed_v3": (scheme(alice=Personal(), bob=Average("carry")), ["5", "6", "10", "13"]),
+    "splitfed_v3, some, validation in a round": (
+        scheme(alice=Personal(), bob=Average(), trainer={"val_check_interval": 3}, **DRAWN),
+        ["3", "5", "8"],
+    ),
+    "fedavg by mini-batches": (scheme(whole(BLOCKS), alice=Average("carry"), turn=1), ["3", "5", "7", "end0"]),
+    "parallel": (
+        scheme(alice=MeanGradient(), bob=MeanGradient(), turn="step", local_epochs=2),
+        ["1", "4", "end0", "5"],
+    ),
+    # three mini-batches and two in the first epoch, three and one in the second
+    "epochs of unequal lengths": (
+        {**scheme(alice=Average("keep"), participation=0.4, order="random"), "sizes": (12, 10, 7, 6, 4)},
+        ["2", "3", "5", "end0", "6"],
+    ),
+    "the same, in a handful of steps": (
+        {**scheme(alice=Personal(), bob=MeanGradient(), turn="step", participation=0.4), "sizes": (12, 10, 7, 6, 4)},
+        ["2", "3", "end0", "5"],
+    ),
+    "parallel, personal": (scheme(alice=Personal(), bob=MeanGradient(), turn="step"), ["1", "end0", "3"]),
+    "u-shaped": ({"layout": U_SHAPED}, ["5", "end0"]),
     "16-mixed": ({"plugins": [half_precision], "make": ADAM}, ["1", "5", "end0"]),
     "bf16-mixed": ({"trainer": {"precision": "bf16-mixed"}}, ["5", "end0"]),
 }

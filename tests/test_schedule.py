@@ -173,6 +173,16 @@ def test_by_default_alices_hand_on_and_bob_is_one():
             "`schedule.bob` (=MeanGradient(weighting='uniform')) needs `schedule.turn=step`, not 2",
         ),
         (
+            {"alice": Shared()},
+            "`schedule.alice` (=Shared()) moves no weights, and 3 Alices take turns: "
+            "take Handoff, Average, MeanGradient or Personal, or num_alices=1",
+        ),
+        (
+            {"bob": Personal()},
+            "`schedule.bob` (=Personal()) would leave a top for each Alice, and none for anybody else: "
+            "take Shared, Average or MeanGradient",
+        ),
+        (
             {"turn": "step"},
             "`schedule.turn` (=step) has all Alices train at once, and `schedule.alice` "
             "(=Handoff(optimizer_state='carry', handoff='peer')) hands on: take turn=1, or MeanGradient",

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from splitlearn.layout import Layout, Party
 from splitlearn.seeds import derive
-from splitlearn.sharing import Handoff, MeanGradient, Shared, Sharing
+from splitlearn.sharing import Handoff, MeanGradient, Personal, Shared, Sharing
 
 ORDERS = ("fixed", "random", "cyclic")
 Batches = Callable[[Party, int], Sequence[Tensor]]
@@ -148,6 +148,16 @@ class Schedule:
         for role, sharing in (("alice", self.alice), ("bob", self.bob)):
             if isinstance(sharing, MeanGradient) and self.turn != "step":
                 raise ValueError(f"`schedule.{role}` (={sharing}) needs `schedule.turn=step`, not {self.turn}")
+        if type(self.alice) is Shared and len(self.takers) > 1:
+            raise ValueError(
+                f"`schedule.alice` (={self.alice}) moves no weights, and {len(self.takers)} Alices take turns: "
+                "take Handoff, Average, MeanGradient or Personal, or num_alices=1"
+            )
+        if isinstance(self.bob, Personal):
+            raise ValueError(
+                f"`schedule.bob` (={self.bob}) would leave a top for each Alice, and none for anybody else: "
+                "take Shared, Average or MeanGradient"
+            )
         if isinstance(self.alice, Handoff) and self.turn == "step":
             raise ValueError(
                 f"`schedule.turn` (=step) has all Alices train at once, and `schedule.alice` (={self.alice}) hands on: "

@@ -169,7 +169,7 @@ class Average(Sharing):
 
 @dataclass(eq=False)
 class MeanGradient(Sharing):
-    """All have the same weights and step, once a round, by the mean of everybody's gradient.
+    """All have the same weights and step, once a round, by the mean of everybody's gradient. A round is one step.
 
     Large-batch synchronous SGD (Chen et al. 2016, arXiv 1604.00981), and parallel split learning's top. The buffers of
     batch norm are averaged as well.

@@ -1,0 +1,218 @@
+"""torchvision's classification models, cut into blocks along their execution order.
+
+A block ends where exactly one tensor is alive, so no cut falls beside a skip connection:
+
+    conv1 -> maxpool -> layer1.0 -> ...         layer1.0:  x -+- conv bn relu conv bn -+- add relu ->
+                                                            +------------------------+    no cut in here
+"""
+
+import operator
+import os
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from torch import fx, nn
+from torchvision import models
+
+from splitlearn.models.layers import check_num_classes, in_order
+
+
+def torchvision(num_classes: int, name: str, weights: str | None = None, **kwargs: Any) -> nn.Sequential:
+    """The model `name` of torchvision as named blocks, as fine as its graph allows.
+
+    (N, C, H, W) in, (N, num_classes) logits out; nearly all take C = 3. A block is called after the last module in it,
+    dots as underscores: `layer1_0`, `features_3`. What has no parameters (ReLU, pooling, flattening, dropout) belongs
+    to the block before it. `weights` (such as `DEFAULT`) are loaded but for the layers that another number of classes
+    changes. Weights are drawn by the global generator, the same wherever the network is cut.
+
+    ValueError for an unknown name, a model that cannot be traced, and one that cannot be cut.
+    """
+    check_num_classes(num_classes)
+    return cut_up(_make(num_classes, name, weights, kwargs), name)
+
+
+def cut_up(model: nn.Module, name: str) -> nn.Sequential:
+    """The model as a sequence of traced blocks that share its weights; in-place operations are made out of place.
+
+    ValueError where it cannot be traced, returns several tensors, or has no place for a cut.
+    """
+    graph = _trace(model, name)
+    _make_out_of_place(model, graph)
+    pieces = _merge(model, _pieces(model, graph))
+    if len(pieces) < 2:
+        raise ValueError(
+            f"`model.name` (={name}) has no cut: nowhere between two of its layers is just one tensor alive; take "
+            "another model"
+        )
+    blocks: dict[str, nn.Module] = {}
+    source = next(iter(graph.nodes))
+    for piece, title in zip(pieces, _titles(pieces), strict=True):
+        blocks[title] = _block(model, piece, source)
+        source = piece[-1]
+    return in_order(blocks)
+
+
+class _Tracer(fx.Tracer):
+    """Goes into modules, but not into those whose forward asks whether they train: a trace would fix the answer."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        childless = next(m.children(), None) is None
+        asks = "training" in type(m).forward.__code__.co_names
+        return childless or asks or super().is_leaf_module(m, module_qualified_name)
+
+
+def _make(num_classes: int, name: str, weights: str | None, kwargs: Mapping[str, Any]) -> nn.Module:
+    names = models.list_models(module=models)
+    if name not in names:
+        close = get_close_matches(str(name), names, n=5) or ["resnet18", "mobilenet_v3_small", "vit_b_16"]
+        raise ValueError(f"`model.name` (={name}) is no classification model of torchvision; near it: {', '.join(close)}")
+    model = models.get_model(name, weights=None, num_classes=num_classes, **kwargs)
+    if weights is not None:
+        _load(model, models.get_model_weights(name), weights, name)
+    return model
+
+
+def _load(model: nn.Module, offered: Any, weights: str, name: str) -> None:
+    if weights != "DEFAULT" and weights not in offered.__members__:
+        choice = ", ".join(["DEFAULT", *offered.__members__])
+        raise ValueError(f"`model.weights` (={weights}) of {name} must be one of {choice}, or null for none")
+    state, own = offered[weights].get_state_dict(), model.state_dict()
+    model.load_state_dict({key: v for key, v in state.items() if key in own and v.shape == own[key].shape}, strict=False)
+
+
+def _trace(model: nn.Module, name: str) -> fx.Graph:
+    """The graph, the same in training and evaluation."""
+    try:
+        graph, evaluated = (_Tracer().trace(model.train(mode)) for mode in (False, True))
+    except Exception as error:  # a trace runs the model's own code, which may raise anything
+        raise ValueError(
+            f"`model.name` (={name}) cannot be traced by torch.fx ({error}): take another model, or cut it by hand "
+            "and give it as model=custom"
+        ) from error
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    if str(graph) != str(evaluated) or not isinstance(output.args[0], fx.Node):
+        raise ValueError(
+            f"`model.name` (={name}) does something else in training than in evaluation, or returns several tensors: "
+            "for one with auxiliary heads give +model.aux_logits=false"
+        )
+    return graph
+
+
+def _make_out_of_place(model: nn.Module, graph: fx.Graph) -> None:
+    """A write into what was received would fail right behind a cut. Later readers get the result instead.
+
+    `x += y` needs nothing: a trace holds it as a sum.
+    """
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if _unwrite(model, node):
+            read = node.all_input_nodes[0]
+            read.replace_all_uses_with(node, lambda user, node=node: place[user] > place[node])
+    for module in model.modules():  # those too that a trace did not go into
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
+
+
+def _unwrite(model: nn.Module, node: fx.Node) -> bool:
+    """Whether the node wrote into its input, as it does no more, but for modules."""
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method" and re.fullmatch(r"[a-z]\w*[a-z0-9]_", str(node.target)):
+        node.target = str(node.target)[:-1]
+        return True
+    if node.op == "call_function" and node.kwargs.get("inplace"):
+        node.kwargs = {**node.kwargs, "inplace": False}
+        return True
+    return False
+
+
+def _pieces(model: nn.Module, graph: fx.Graph) -> list[list[fx.Node]]:
+    """The nodes in order, in pieces as short as can be: behind each one nothing is alive but its last node's tensor.
+
+    Weights that are used twice are alive from the first time to the last: they must have one owner.
+    """
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    last: dict[Any, fx.Node] = {used: node for node in graph.nodes for used in _uses(model, node)}
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    alive: set[Any] = set()
+    pieces: list[list[fx.Node]] = [[]]
+    for node in graph.nodes:
+        alive |= {node, *_weights(model, node)}
+        alive = {used for used in alive if used in last and order[last[used]] > order[node]}
+        if node.op not in ("placeholder", "get_attr", "output"):
+            pieces[-1].append(node)
+        if pieces[-1] and alive == {node} and not _is_several(node):
+            pieces.append([])
+    return [piece for piece in pieces if piece]
+
+
+def _uses(model: nn.Module, node: fx.Node) -> list[Any]:
+    """What a node reads: the results of others, and weights by name."""
+    return [*(read for read in node.all_input_nodes if read.op != "get_attr"), *_weights(model, node)]
+
+
+def _weights(model: nn.Module, node: fx.Node) -> list[str]:
+    own = [str(read.target) for read in node.all_input_nodes if read.op == "get_attr"]
+    if node.op == "call_module" and any(True for _ in model.get_submodule(str(node.target)).parameters()):
+        own.append(str(node.target))
+    return own
+
+
+def _is_several(node: fx.Node) -> bool:
+    """Whether the value is a tuple, which others take apart by number."""
+    return any(user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users)
+
+
+def _merge(model: nn.Module, pieces: Sequence[list[fx.Node]]) -> list[list[fx.Node]]:
+    """Put what has no weights to the piece before it; at the very start, to the one behind."""
+    merged: list[list[fx.Node]] = []
+    for piece in pieces:
+        if merged and not (_have_weights(model, piece) and _have_weights(model, merged[-1])):
+            merged[-1] = merged[-1] + piece
+        else:
+            merged.append(piece)
+    return merged
+
+
+def _have_weights(model: nn.Module, piece: Sequence[fx.Node]) -> bool:
+    return any(_weights(model, node) for node in piece)
+
+
+def _titles(pieces: Sequence[Sequence[fx.Node]]) -> list[str]:
+    """A name for each piece, and no name twice: of the modules that end in it the last one, with as much as it can.
+
+    What all of a piece lies in counts only if it ends there: relu and avgpool behind layer4.1 are `avgpool`.
+    """
+    paths = [[path for node in piece if (path := _path(node))] for piece in pieces]
+    end = {path[:depth]: i for i, piece in enumerate(paths) for path in piece for depth in range(1, len(path) + 1)}
+    titles = []
+    for i, piece in enumerate(paths):
+        last = piece[-1] if piece else ()
+        common = len(os.path.commonprefix([list(path) for path in piece]))
+        ending = [last[:depth] for depth in range(max(common, 1), len(last) + 1) if end[last[:depth]] == i]
+        titles.append("_".join(ending[0]) if ending else pieces[i][-1].name)
+    return titles
+
+
+def _path(node: fx.Node) -> tuple[str, ...]:
+    """The names of the modules that the node stands in, outermost first."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return tuple(stack[-1][0].split(".")) if stack else ()
+
+
+def _block(model: nn.Module, piece: Sequence[fx.Node], source: fx.Node) -> fx.GraphModule:
+    """The nodes of a piece as a module of their own, whose input is the result of `source`."""
+    graph = fx.Graph()
+    copies = {source: graph.placeholder("x")}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copied)
+        return copies[node]
+
+    for node in piece:
+        copied(node)
+    graph.output(copies[piece[-1]])
+    return fx.GraphModule(model, graph)
