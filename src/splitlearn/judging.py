@@ -41,11 +41,11 @@ class Judge(Callback):
         self.by_owner: AccuracyByOwner | None = None
 
     def on_alice_finished(self, trainer: pl.Trainer, learner: SplitLearner, alice: Party) -> None:
-        if not trainer.enable_validation or len(learner.schedule.takers) == 1:
+        if not sum(trainer.num_val_batches) or len(learner.schedule.takers) == 1:
             return
         if trainer.current_epoch != self.epoch:
             self.epoch, self.by_label = trainer.current_epoch, {}
-        self.chosen = _spread(learner.schedule.participants(self.epoch), self.most)
+            self.chosen = _spread(learner.schedule.participants(self.epoch), self.most)
         if alice in self.chosen:
             self.by_label[alice] = _count(trainer, learner, alice)
 

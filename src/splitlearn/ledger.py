@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from splitlearn.layout import Party
 
 KINDS = ("activation", "gradient", "label", "weights", "weight_gradient", "optimizer_state", "metric", "control")
@@ -26,8 +24,8 @@ class Ledger:
         """Return `{"alice0->bob": {"activation": bytes, ...}, ...}`, summed over the Alices as `alice*` to `merge`."""
         table: dict[str, dict[str, int]] = {}
         for (src, dst, kind), num_bytes in self.num_bytes.items():
-            pair = f"{src}->{dst}"
-            kinds = table.setdefault(re.sub(r"\balice\d+\b", "alice*", pair) if merge else pair, {})
+            pair = f"{_merged(src)}->{_merged(dst)}" if merge else f"{src}->{dst}"
+            kinds = table.setdefault(pair, {})
             kinds[kind] = kinds.get(kind, 0) + num_bytes
         return table
 
@@ -36,6 +34,10 @@ class Ledger:
         self.num_bytes = {
             (*_split(pair), kind): num_bytes for pair, kinds in table.items() for kind, num_bytes in kinds.items()
         }
+
+
+def _merged(party: Party) -> Party:
+    return "alice*" if party.startswith("alice") and party[5:].isdecimal() else party
 
 
 def _split(pair: str) -> tuple[Party, Party]:

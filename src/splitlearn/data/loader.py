@@ -52,7 +52,8 @@ class TurnLoader:
         self.batch_size, self.seed, self.augment = batch_size, seed, augment
 
     def __len__(self) -> int:
-        return len(self.steps(self.pace.trainer.current_epoch))
+        epoch = self.pace.trainer.current_epoch
+        return len(self.schedule.steps(epoch, lambda taker, _: self.shards[taker].split(self.batch_size)))
 
     def __iter__(self) -> Iterator[Stretch[Turns]]:
         steps = self._turns(self.pace.trainer.current_epoch, self.pace.done)
