@@ -6,9 +6,11 @@ from collections import OrderedDict
 import pytest
 import torch
 from helpers import BLOCKS, Recorder, differences, make_batch, make_network, make_rows, net, train, weights_of
+from runs import fit, make_data
 from torch import nn
 from torch.nn import functional as F
 
+from splitlearn.errors import InputError
 from splitlearn.layout import extended_vanilla, multi_hop, two_party, u_shaped, vertical, whole
 from splitlearn.models.layers import lazily
 from splitlearn.network import SplitNetwork
@@ -261,3 +263,18 @@ def test_a_look_that_fails_leaves_the_network_as_it_was():
         network.look({"x": torch.zeros(2, 5, 4, 6), "y": torch.zeros(2)})
     assert network.wire is network.cut.wire is wire
     assert network.training
+
+
+def test_a_block_that_cannot_train_on_one_row_is_told_before_training():
+    network = make_network(two_party(BLOCKS, 2))
+    network.check_sizes({"alice0": 4, "alice1": 2})
+    error = r"^block `block3` cannot train on one row .*, and alice1 has a mini-batch of one: change `data.batch_size`"
+    with pytest.raises(InputError, match=error):
+        network.check_sizes({"alice0": 4, "alice1": 1})
+    smooth = nn.Sequential(OrderedDict(bottom=nn.Flatten(), top=nn.Linear(24, 3)))
+    make_network(two_party(("bottom", "top"), 1), smooth).check_sizes({"alice0": 1})
+
+
+def test_an_alice_left_with_one_row_is_told_at_the_start(tmp_path):
+    with pytest.raises(InputError, match=r"alice2 has a mini-batch of one"):
+        fit(tmp_path, make_data(11, num_alices=3, sizes=[4, 2, 5]))

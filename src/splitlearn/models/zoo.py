@@ -1,13 +1,13 @@
 """torchvision's classification models, cut into blocks along their execution order.
 
-A block ends where exactly one tensor is alive, so no cut falls beside a skip connection:
+A block ends where exactly one tensor is alive, so no cut falls beside a skip connection. Of resnet18:
 
-    conv1 -> maxpool -> layer1.0 -> ...         layer1.0:  x -+- conv bn relu conv bn -+- add relu ->
-                                                            +------------------------+    no cut in here
+    conv1 | bn1 relu maxpool | conv bn relu conv bn add relu | ... | avgpool flatten | fc
+    conv1   maxpool          | layer1_0            |
+                             +---------------------+    two are alive: no cut
 """
 
 import operator
-import os
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -92,7 +92,8 @@ def _trace(model: nn.Module, name: str) -> fx.Graph:
             "and give it as model=custom"
         ) from error
     (output,) = (node for node in graph.nodes if node.op == "output")
-    if str(graph) != str(evaluated) or not isinstance(output.args[0], fx.Node):
+    one, other = (re.sub(r"_tensor_constant\d+", "constant", str(traced)) for traced in (graph, evaluated))
+    if one != other or not isinstance(output.args[0], fx.Node):
         raise ValueError(
             f"`model.name` (={name}) does something else in training than in evaluation, or returns several tensors: "
             "for one with auxiliary heads give +model.aux_logits=false"
@@ -181,25 +182,20 @@ def _have_weights(model: nn.Module, piece: Sequence[fx.Node]) -> bool:
 
 
 def _titles(pieces: Sequence[Sequence[fx.Node]]) -> list[str]:
-    """A name for each piece, and no name twice: of the modules that end in it the last one, with as much as it can.
-
-    What all of a piece lies in counts only if it ends there: relu and avgpool behind layer4.1 are `avgpool`.
-    """
-    paths = [[path for node in piece if (path := _path(node))] for piece in pieces]
-    end = {path[:depth]: i for i, piece in enumerate(paths) for path in piece for depth in range(1, len(path) + 1)}
-    titles = []
-    for i, piece in enumerate(paths):
-        last = piece[-1] if piece else ()
-        common = len(os.path.commonprefix([list(path) for path in piece]))
-        ending = [last[:depth] for depth in range(max(common, 1), len(last) + 1) if end[last[:depth]] == i]
-        titles.append("_".join(ending[0]) if ending else pieces[i][-1].name)
-    return titles
+    """A name for each piece, and no name twice: the last module that ends in it."""
+    inside = [[_modules(node) for node in piece] for piece in pieces]
+    end = {path: i for i, piece in enumerate(inside) for paths in piece for path in paths}
+    ending = [
+        [path for paths in reversed(piece) for path in paths if end[path] == i] for i, piece in enumerate(inside)
+    ]
+    return [
+        (paths[0] if paths else piece[-1].name).replace(".", "_") for paths, piece in zip(ending, pieces, strict=True)
+    ]
 
 
-def _path(node: fx.Node) -> tuple[str, ...]:
-    """The names of the modules that the node stands in, outermost first."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return tuple(stack[-1][0].split(".")) if stack else ()
+def _modules(node: fx.Node) -> list[str]:
+    """The modules that the node stands in, outermost first. A plain Sequential, such as layer1, only holds others."""
+    return [path for path, kind in node.meta.get("nn_module_stack", {}).values() if kind is not nn.Sequential]
 
 
 def _block(model: nn.Module, piece: Sequence[fx.Node], source: fx.Node) -> fx.GraphModule:

@@ -1,0 +1,134 @@
+"""Who is served how well, and what is forgotten: against counts by hand and against a network that is run by hand."""
+
+import copy
+
+import pytest
+import torch
+from helpers import SGD
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from runs import fit, make_data, make_learner, make_trainer, results
+
+from splitlearn.accuracy import AccuracyByOwner
+from splitlearn.callbacks import Results
+from splitlearn.judging import Judge, performance_gap
+from splitlearn.sharing import Average, MeanGradient, Personal
+
+SIDE_BY_SIDE = {"alice": Average(), "bob": Average()}
+PERSONAL = {"alice": Personal(), "bob": Average()}
+PARALLEL = {"alice": MeanGradient(), "bob": MeanGradient(), "turn": "step"}
+OWN_STEP = {"alice": Personal(), "bob": MeanGradient(), "turn": "step"}
+
+
+def test_the_gap_is_the_mean_over_labels_of_the_largest_loss():
+    """Of four rows of each of the first two labels; nobody has a row of the third.
+
+    label 0: 4, 1, 2 are right, so that 3 of 4 are lost; label 1: 0, 2, 1, so that 1 of 4 is lost.
+    """
+    right = torch.tensor([[4, 0, 0], [1, 2, 0], [2, 1, 0]])
+    counts = torch.stack([right, torch.tensor([4, 4, 0]).expand(3, 3)], dim=1)
+    assert performance_gap(counts).item() == (3 / 4 + 1 / 4) / 2
+    assert performance_gap(counts.flip(0)).item() == (1 / 4 + 2 / 4) / 2
+    assert performance_gap(counts[:1].expand(3, 2, 3)).item() == 0
+
+
+def test_accuracy_by_owner_counts_the_rows_of_each():
+    metric = AccuracyByOwner(["alice0", "alice1", "alice2"])
+    output = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0], [5.0, 0.0]])
+    metric.update(output, torch.tensor([0, 1, 1, 1]), torch.tensor([0, 2, 2, 2]))
+    metric.update(output[:1], torch.tensor([1]), torch.tensor([0]))
+    expected = {"/alice0": 1 / 2, "/alice2": 1 / 3, "_worst": 1 / 3}
+    assert {name: value.item() for name, value in metric.compute().items()} == pytest.approx(expected)
+
+
+def test_of_many_owners_only_the_worst_is_told_and_of_one_nothing():
+    many = AccuracyByOwner([f"alice{i}" for i in range(11)])
+    many.update(torch.eye(11), torch.arange(11), torch.arange(11))
+    assert {name: value.item() for name, value in many.compute().items()} == {"_worst": 1.0}
+    one = AccuracyByOwner(["alice0", "alice1"])
+    one.update(torch.eye(2), torch.arange(2), torch.zeros(2, dtype=torch.int64))
+    assert one.compute() == {}
+
+
+class Copies(Callback):
+    """Keeps the network as each Alice leaves it."""
+
+    def __init__(self) -> None:
+        self.left = {}
+
+    def on_alice_finished(self, trainer, learner, alice) -> None:
+        with learner.rounds.as_of(alice):
+            self.left[trainer.current_epoch, alice] = copy.deepcopy(learner.network.segments)
+
+
+def train(folder, schedule=None, num_alices=3, ckpt=None, callbacks=()):
+    data = make_data(36, val_rows=9, num_alices=num_alices)
+    learner = make_learner(data, schedule=schedule)
+    copies = Copies()
+    trainer = make_trainer(folder, [Judge(), Results(folder / "results.json"), copies, *callbacks])
+    trainer.fit(learner, datamodule=data, ckpt_path=ckpt)
+    return data, learner, copies.left, results(folder)["epochs"]
+
+
+def accuracy(segments, data, ids):
+    segments = copy.deepcopy(segments).eval()
+    rows = data.rows.fields
+    return (segments["top"](segments["bottom"](rows["x"][ids])).argmax(1) == rows["y"][ids]).float().mean().item()
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [None, SIDE_BY_SIDE, PERSONAL, PARALLEL, OWN_STEP, {"turn": 1, "order": "cyclic"}],
+    ids=["sequential", "v1", "v3", "parallel", "parallel, personal", "alternating"],
+)
+def test_each_alice_is_judged_by_the_network_that_she_leaves(tmp_path, schedule):
+    data, learner, left, epochs = train(tmp_path, schedule)
+    for epoch, measured in enumerate(epochs):
+        for alice in data.shards:
+            expected = accuracy(left[epoch, alice], data, data.val_ids)
+            assert measured[f"val/accuracy_after/{alice}"] == pytest.approx(expected)
+        assert 0 <= measured["val/performance_gap"] <= 1
+    personal = schedule in (PERSONAL, OWN_STEP)
+    for i, alice in enumerate(data.shards):
+        hers = data.val_ids[data.owners[data.val_ids] == i]
+        with learner.rounds.as_of(alice):
+            segments = copy.deepcopy(learner.network.segments)
+        assert epochs[-1][f"val/accuracy/{alice}"] == pytest.approx(accuracy(segments, data, hers))
+        if personal:
+            assert not torch.equal(segments["bottom"].block2[1].weight, left[0, alice]["bottom"].block2[1].weight)
+
+
+@pytest.mark.parametrize("schedule", [None, SIDE_BY_SIDE, PERSONAL, OWN_STEP], ids=["sequential", "v1", "v3", "own"])
+def test_judging_changes_no_bit_of_the_training(tmp_path, schedule):
+    _, judged, _, _ = train(tmp_path / "judged", schedule)
+    plain, _ = fit(tmp_path / "plain", make_data(36, val_rows=9, num_alices=3), schedule=schedule)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, judged.state_dict()[name]), name
+    assert judged.ledger.table() == plain.ledger.table()
+    assert judged.evaluation_ledger.table() != plain.evaluation_ledger.table()
+
+
+def test_a_resumed_epoch_is_judged_as_a_whole(tmp_path):
+    saver = ModelCheckpoint(tmp_path / "whole", "{step}", every_n_train_steps=5, save_top_k=-1)
+    *_, whole = train(tmp_path / "whole", callbacks=[saver])
+    *_, resumed = train(tmp_path / "again", ckpt=tmp_path / "whole" / "step=5.ckpt")
+    assert len(whole) == 2
+    assert resumed == whole
+
+
+def test_of_many_alices_the_first_the_last_and_some_between_are_judged(tmp_path):
+    data = make_data(40, val_rows=10, num_alices=5)
+    learner = make_learner(data, make=SGD)
+    make_trainer(tmp_path, [Judge(most=3), Results(tmp_path / "results.json")]).fit(learner, datamodule=data)
+    for epoch in results(tmp_path)["epochs"]:
+        after = [name.rpartition("/")[2] for name in epoch if name.startswith("val/accuracy_after")]
+        assert after == ["alice0", "alice2", "alice4"]
+
+
+def test_one_alice_is_not_judged_apart(tmp_path):
+    *_, epochs = train(tmp_path, num_alices=1)
+    assert [name for name in epochs[0] if name.startswith("val/")] == ["val/loss", "val/accuracy"]
+
+
+def test_two_at_least_are_judged():
+    with pytest.raises(ValueError, match=r"^`callbacks.judge.most` \(=1\) must be at least 2"):
+        Judge(1)
