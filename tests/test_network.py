@@ -214,7 +214,7 @@ def test_each_block_runs_once_in_each_mini_batch():
         block.register_forward_hook(lambda module, inputs, output, seen=sizes[name]: seen.append(len(output)))
     train(u_shaped(BLOCKS, [1, 3]), model)
     for seen in sizes.values():
-        assert [size for size in seen if size != 2] == [4, 4, 4, 4, 3] * 2  # the sample has two rows
+        assert [size for size in seen if size > 2] == [4, 4, 4, 4, 3] * 2  # what it is tried out on has two rows or one
 
 
 def test_the_tape_says_who_sent_what_to_whom():

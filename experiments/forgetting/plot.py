@@ -11,13 +11,16 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from splitlearn.schedule import Schedule
+
 RESULTS = Path(__file__).parent / "results"
 SCHEDULES = ("sequential", "splitfed_v2")
 COLOURS = {"fixed": "#D55E00", "random": "#0072B2", "cyclic": "#009E73"}  # Okabe and Ito 2008
 TURNS = {"epoch": "all her batches", "5": "5 batches", "1": "1 batch"}
 LINES = {"epoch": "-", "5": "--", "1": ":"}
 KEPT = ("epoch", "step", "bytes", "seconds", "val/accuracy", "val/accuracy_worst", "val/performance_gap")
-AFTER = "val/accuracy_after/"
+ALICES = [f"alice{i}" for i in range(10)]
+SEED = 0  # of the runs, by which a random order was drawn
 Runs = dict[tuple[str, str, str], dict[str, Any]]
 
 
@@ -33,19 +36,23 @@ def main(folder: str) -> None:
     print(table)
 
 
-def after(epoch: dict[str, float]) -> dict[str, float]:
-    """The accuracy of the network on all validation rows behind the last turn of each Alice, in the order of turns."""
-    return {name.removeprefix(AFTER): value for name, value in epoch.items() if name.startswith(AFTER)}
+def after(order: str, epoch: dict[str, float]) -> dict[str, float]:
+    """The network's accuracy on all validation rows as each Alice ends her last turn, in the order of the turns.
+
+    With turns of a few batches, who has fewer batches than others has her last turn a round of turns before theirs.
+    """
+    alices = Schedule(ALICES, order=order, seed=SEED).participants(int(epoch["epoch"]))
+    return {alice: epoch[f"val/accuracy_after/{alice}"] for alice in alices}
 
 
 def keep(runs: Runs) -> None:
     with (RESULTS / "forgetting.csv").open("w", newline="") as file:
         lines = csv.writer(file, lineterminator="\n")
         lines.writerow(("schedule", "order", "turn", *KEPT, "accuracy after each turn"))
-        for names, run in runs.items():
+        for (schedule, order, turn), run in runs.items():
             for epoch in run["epochs"]:
-                turns = " ".join(f"{alice}={accuracy:.4f}" for alice, accuracy in after(epoch).items())
-                lines.writerow((*names, *(epoch[column] for column in KEPT), turns))
+                turns = " ".join(f"{alice}={accuracy:.4f}" for alice, accuracy in after(order, epoch).items())
+                lines.writerow((schedule, order, turn, *(epoch[column] for column in KEPT), turns))
 
 
 def draw(runs: Runs) -> None:
@@ -53,8 +60,8 @@ def draw(runs: Runs) -> None:
     figure, grid = plt.subplots(2, 4, figsize=(15, 7), sharex=True, sharey=True, layout="constrained")
     for row, schedule in zip(grid, SCHEDULES, strict=True):
         for axes, turn in zip(row, TURNS, strict=False):
-            for order, colour in COLOURS.items():
-                draw_turns(axes, colour, runs[schedule, order, turn]["epochs"])
+            for order in COLOURS:
+                draw_turns(axes, order, turn, runs[schedule, order, turn]["epochs"])
         for order, turn in product(COLOURS, TURNS):
             gaps = [epoch["val/performance_gap"] for epoch in runs[schedule, order, turn]["epochs"]]
             row[3].plot(range(1, len(gaps) + 1), gaps, COLOURS[order], linestyle=LINES[turn], linewidth=2)
@@ -66,25 +73,29 @@ def draw(runs: Runs) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[1]:
-        axes.set(xlabel="round", xlim=(0, None))
+        axes.set(xlabel="epoch", xlim=(0, None))
     legend(figure)
     figure.savefig(RESULTS / "forgetting.png", dpi=100)
 
 
-def draw_turns(axes: Axes, colour: str, epochs: list[dict[str, float]]) -> None:
-    """A saw's tooth for each Alice, and a dot for what all agree on behind the round."""
-    turns = [list(after(epoch).values()) for epoch in epochs]
-    times = [number + (i + 1) / len(teeth) for number, teeth in enumerate(turns) for i in range(len(teeth))]
-    axes.plot(times, [accuracy for teeth in turns for accuracy in teeth], colour, linewidth=1, alpha=0.75)
+def draw_turns(axes: Axes, order: str, turn: str, epochs: list[dict[str, float]]) -> None:
+    """A saw's tooth for each Alice, at the time of her last turn, and a dot for what all agree on behind the epoch."""
+    for number, epoch in enumerate(epochs, start=1):
+        teeth = list(after(order, epoch).values())
+        steps = epochs[-1]["step"] / len(epochs)
+        width = 1.0 if turn == "epoch" else int(turn) * len(teeth) / steps  # of the last round of turns, in epochs
+        times = [number - width * (1 - (i + 1) / len(teeth)) for i in range(len(teeth))]
+        axes.plot(times, teeth, COLOURS[order], linewidth=1.3, alpha=0.75)
     ends = range(1, len(epochs) + 1)
-    axes.plot(ends, [epoch["val/accuracy"] for epoch in epochs], "o", color=colour, markersize=6)
+    line = "" if turn == "epoch" else ":"  # where the teeth leave the way between the dots untold
+    axes.plot(ends, [epoch["val/accuracy"] for epoch in epochs], "o", color=COLOURS[order], linestyle=line)
 
 
 def legend(figure: plt.Figure) -> None:
     handles = [Line2D([], [], color=colour, linewidth=2, label=f"order {order}") for order, colour in COLOURS.items()]
     handles += [
-        Line2D([], [], color="grey", linewidth=1, label="as each Alice ends\nher last turn"),
-        Line2D([], [], color="grey", marker="o", linestyle="", label="end of the round"),
+        Line2D([], [], color="grey", linewidth=1, label="as each Alice ends her\nlast turn of the epoch"),
+        Line2D([], [], color="grey", marker="o", linestyle="", label="end of the epoch"),
     ]
     handles += [
         Line2D([], [], color="grey", linewidth=2, linestyle=LINES[turn], label=f"gap, {length}")
@@ -94,7 +105,7 @@ def legend(figure: plt.Figure) -> None:
 
 
 def tabulate(runs: Runs) -> str:
-    """One line a run, about its last round; MB are of a round."""
+    """One line a run, about its last epoch; MB are of an epoch."""
     lines = [
         "| scheme | a turn | order | validation | test | worst Alice | lowest after a turn | performance gap | MB |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -106,7 +117,7 @@ def tabulate(runs: Runs) -> str:
             end["val/accuracy"],
             run["test"]["test/accuracy"],
             end["val/accuracy_worst"],
-            min(after(end).values()),
+            min(after(order, end).values()),
             end["val/performance_gap"],
         )
         shown = " | ".join(f"{value:.3f}" for value in values)

@@ -20,7 +20,7 @@ STYLES = {
     "splitfed_v2": ("#009E73", "-"),
     "splitfed_v3": ("#CC79A7", "-"),
     "parallel": ("#D55E00", "-"),
-    "large_batch": ("#F0E442", "--"),
+    "large_batch": ("#666666", "--"),
 }
 COLUMNS = {"round": "round", "bytes": "bytes sent so far (logarithmic)", "seconds": "seconds so far, on one machine"}
 ENOUGH = 0.9  # the accuracy whose price in bytes is told

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -66,7 +67,7 @@ class Layout:
             known.add(stage.name)
         _check_labels(self.kind, self.owners["y"], self.roles)
 
-    @property
+    @cached_property
     def roles(self) -> tuple[Role, ...]:
         return tuple(dict.fromkeys(stage.role for stage in self.stages))
 

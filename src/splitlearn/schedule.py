@@ -97,15 +97,19 @@ class Schedule:
         mine = {taker: [ids for i in passes for ids in batches(taker, i)] for taker in self.participants(epoch)}
         size = int({"epoch": max(map(len, mine.values())), "step": 1}.get(str(self.turn), self.turn))
         turns = {taker: [ids[i : i + size] for i in range(0, len(ids), size)] for taker, ids in mine.items()}
-        steps: list[Step] = []
+        steps: list[dict[Party, Tensor]] = []
+        ends = set()
         for round_ in zip_longest(*turns.values(), fillvalue=()):
             taking = {taker: ids for taker, ids in zip(turns, round_, strict=True) if ids}
             if self.turn == "step":
-                steps.append(Step({taker: ids for taker, (ids,) in taking.items()}))
+                steps.append({taker: ids for taker, (ids,) in taking.items()})
             else:
-                steps += [Step({taker: ids}) for taker, batches_ in taking.items() for ids in batches_]
-            steps[-1] = steps[-1]._replace(ends_round=True)
-        return _with_ends(steps)
+                steps += [{taker: ids} for taker, batches_ in taking.items() for ids in batches_]
+            ends.add(len(steps) - 1)
+        last = {taker: i for i, step in enumerate(steps) for taker in step}
+        return [
+            Step(step, i in ends, tuple(taker for taker in step if last[taker] == i)) for i, step in enumerate(steps)
+        ]
 
     def check(self, layout: Layout) -> None:
         """Raises ValueError when the layout has nobody to take turns, or nobody to share the weights of."""
@@ -163,15 +167,6 @@ class Schedule:
                 f"`schedule.turn` (=step) has all Alices train at once, and `schedule.alice` (={self.alice}) hands on: "
                 "take turn=1, or MeanGradient"
             )
-
-
-def _with_ends(steps: list[Step]) -> list[Step]:
-    """Say of each step for whom it is the last one."""
-    seen: set[Party] = set()
-    for i in reversed(range(len(steps))):
-        steps[i] = steps[i]._replace(finishes=tuple(taker for taker in steps[i].batches if taker not in seen))
-        seen.update(steps[i].batches)
-    return steps
 
 
 def _check_whole(name: str, value: object, also: str = "") -> None:

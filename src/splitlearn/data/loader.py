@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -52,8 +53,7 @@ class TurnLoader:
         self.batch_size, self.seed, self.augment = batch_size, seed, augment
 
     def __len__(self) -> int:
-        epoch = self.pace.trainer.current_epoch
-        return len(self.schedule.steps(epoch, lambda taker, _: self.shards[taker].split(self.batch_size)))
+        return self._length
 
     def __iter__(self) -> Iterator[Stretch[Turns]]:
         steps = self._turns(self.pace.trainer.current_epoch, self.pace.done)
@@ -85,6 +85,12 @@ class TurnLoader:
                 batches[taker] = Batch(ids, self._augmented(next(rows), number), number)
                 place += 1
             yield Turns(batches, step.ends_round, step.finishes)
+
+    @cached_property
+    def _length(self) -> int:
+        """The same for all epochs; where it depends on who takes part, Lightning asks for a loader anew each epoch."""
+        epoch = self.pace.trainer.current_epoch
+        return len(self.schedule.steps(epoch, lambda taker, _: self.shards[taker].split(self.batch_size)))
 
     def _batches(self, taker: Party, number: int) -> Sequence[Tensor]:
         shard = self.shards[taker]
