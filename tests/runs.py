@@ -219,6 +219,7 @@ def end_state(learner: SplitLearner, trainer: pl.Trainer) -> dict:
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "bytes": learner.ledger.table(),
         "evaluation bytes": learner.evaluation_ledger.table(),
+        "flops": learner.meter.by_party(),
         "mean loss": learner.mean_loss,
         "rounds": learner.rounds.state_dict(),
         "step, epoch": (trainer.global_step, trainer.current_epoch),

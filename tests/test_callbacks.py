@@ -24,6 +24,10 @@ from splitlearn.layout import vertical
 from splitlearn.picture import who_has_what
 from splitlearn.watch import Watch, _strip, has_many_alices
 
+# FLOPs of one row of `net`: of the convolution and the first linear layer, and of the others. Nobody wants the gradient
+# of the image.
+FORWARD_ALICE, BACKWARD_ALICE, FORWARD_BOB = 2 * (432 + 480), 2 * (432 + 2 * 480), 2 * (70 + 21)
+
 
 def fit(folder, callbacks=(), logger=False, data=None, layout=TWO_PARTY, trainer=None, **learner):
     data = make_data(val_rows=6) if data is None else data
@@ -60,8 +64,9 @@ def test_results_have_the_shape_that_is_promised(tmp_path):
     trainer.test(learner, datamodule=trainer.datamodule, verbose=False)
     kept = json.loads((tmp_path / "sub" / "results.json").read_text())
     means, _ = epoch_losses(trainer.datamodule, 2)
-    assert list(kept) == ["epochs", "test", "bytes", "evaluation_bytes", "seconds"]
-    promised = ["epoch", "train/loss", "val/loss", "val/accuracy", "bytes", "seconds", "step"]
+    assert list(kept) == ["epochs", "test", "bytes", "evaluation_bytes", "flops", "macs", "seconds"]
+    metrics_of_epoch = ["epoch", "train/loss", "val/loss", "val/accuracy"]
+    promised = [*metrics_of_epoch, "bytes", "client_flops", "client_flops_max", "seconds", "step"]
     assert [list(epoch) for epoch in kept["epochs"]] == [promised] * 2
     assert [(epoch["epoch"], epoch["train/loss"]) for epoch in kept["epochs"]] == [(0, means[0]), (1, means[1])]
     assert kept["epochs"][1]["val/loss"] == float(metrics["val/loss"])
@@ -69,9 +74,25 @@ def test_results_have_the_shape_that_is_promised(tmp_path):
     assert kept["test"] == tested
     assert kept["bytes"] == {"alice0->bob": {"activation": 78 * 40}, "bob->alice0": {"gradient": 78 * 40}}
     assert kept["evaluation_bytes"] == {"alice0->bob": {"activation": (12 + 5) * 40}}
+    assert kept["flops"] == {
+        "alice0": {"forward": 78 * FORWARD_ALICE, "backward": 78 * BACKWARD_ALICE},
+        "bob": {"forward": 78 * FORWARD_BOB, "backward": 78 * 2 * FORWARD_BOB},
+    }
+    macs = {"alice0": 78 * (FORWARD_ALICE + BACKWARD_ALICE) // 2, "bob": 78 * 3 * FORWARD_BOB // 2}
+    assert kept["macs"] == macs
+    assert [epoch["client_flops"] for epoch in kept["epochs"]] == [macs["alice0"], 2 * macs["alice0"]]
+    assert [epoch["client_flops_max"] for epoch in kept["epochs"]] == [macs["alice0"], 2 * macs["alice0"]]
     assert [(epoch["bytes"], epoch["step"]) for epoch in kept["epochs"]] == [(2 * 39 * 40, 10), (2 * 78 * 40, 20)]
     assert 0 < kept["epochs"][0]["seconds"] < kept["epochs"][1]["seconds"] <= kept["seconds"] < 60
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["results.json"]
+
+
+def test_each_epoch_tells_the_flops_of_all_alices_and_of_the_one_who_did_most(tmp_path):
+    kept = Results(tmp_path / "results.json")
+    fit(tmp_path, [kept], data=make_data(num_rows=11, num_alices=3, sizes=(3, 6, 2)))
+    per_row = FORWARD_ALICE + BACKWARD_ALICE
+    costs = [(epoch["client_flops"], epoch["client_flops_max"]) for epoch in kept.epochs]
+    assert costs == [(11 * per_row, 6 * per_row), (22 * per_row, 12 * per_row)]
 
 
 def test_an_epoch_has_the_validation_that_was_run_in_it(tmp_path):
@@ -135,6 +156,10 @@ def test_tensorboard_has_the_tags_that_are_promised(watched):
         "grad_norm/bob",
         "bytes/alice0->bob/activation",
         "bytes/bob->alice0/gradient",
+        "flops/alice0",
+        "flops/bob",
+        "cost/val_accuracy_by_client_flops",
+        "cost/val_accuracy_by_bytes",
     }
     assert tags["histograms"] == ["smashed/alice->bob"]
     assert tags["images"] == ["who has what", "inputs above what crosses"]
@@ -151,6 +176,30 @@ def test_tensorboard_has_the_values_of_a_hand_loop(watched):
     assert [event.value for event in events.Scalars("lr/bob")] == [pytest.approx(0.1)] * 4
     rows = [20, 39, 59, 78]
     assert [event.value for event in events.Scalars("bytes/bob->alice0/gradient")] == [40 * n for n in rows]
+    alice = [(FORWARD_ALICE + BACKWARD_ALICE) * n for n in rows]
+    assert [event.value for event in events.Scalars("flops/alice0")] == alice
+    assert [event.value for event in events.Scalars("flops/bob")] == [3 * FORWARD_BOB * n for n in rows]
+
+
+def test_tensorboard_has_accuracy_over_cost(watched):
+    """The step of these two is what the run had cost by then."""
+    _, _, events = watched
+    accuracies = [event.value for event in events.Scalars("val/accuracy")]
+    by_flops, by_bytes = (events.Scalars(f"cost/val_accuracy_by_{cost}") for cost in ("client_flops", "bytes"))
+    assert [event.value for event in by_flops] == [event.value for event in by_bytes] == accuracies
+    assert [event.step for event in by_flops] == [(FORWARD_ALICE + BACKWARD_ALICE) * n for n in (39, 78)]
+    assert [event.step for event in by_bytes] == [2 * 40 * n for n in (39, 78)]
+
+
+def test_only_validations_of_training_are_put_over_cost(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="tb", version="")
+    settings = {"max_epochs": 1, "num_sanity_val_steps": 2}
+    learner, trainer = fit(tmp_path, [Watch()], logger, trainer=settings)
+    trainer.validate(learner, datamodule=trainer.datamodule, verbose=False)
+    logger.finalize("success")
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert len(events.Scalars("cost/val_accuracy_by_bytes")) == 1
 
 
 def test_tensorboard_has_what_crosses(watched):
@@ -209,19 +258,22 @@ def test_the_picture_of_who_has_what_is_that_of_the_training_rows(watched):
 
 
 @pytest.mark.parametrize(
-    ("num_alices", "tags"),
+    ("num_alices", "names"),
     [
-        (10, {f"bytes/alice{i}->bob/activation" for i in range(10)}),
-        (11, {"bytes/alice*->bob/activation"}),
+        (10, {f"alice{i}" for i in range(10)}),
+        (11, {"alice*"}),
     ],
 )
-def test_the_bytes_of_more_than_ten_alices_are_summed(tmp_path, num_alices, tags):
+def test_the_bytes_and_flops_of_more_than_ten_alices_are_summed(tmp_path, num_alices, names):
     recorder, data = Recorder(), make_data(num_rows=22, num_alices=num_alices)
     fit(tmp_path, [Watch()], recorder, data, trainer={"max_epochs": 1, "log_every_n_steps": num_alices})
     ((_, scalars),) = [logged for logged in recorder.logged if "train/loss_step" in logged[1]]
     sent = {tag: value for tag, value in scalars.items() if tag.endswith("->bob/activation")}
-    assert set(sent) == tags
+    assert set(sent) == {f"bytes/{name}->bob/activation" for name in names}
     assert sum(sent.values()) == 22 * 40
+    flops = {tag: value for tag, value in scalars.items() if tag.startswith("flops/alice")}
+    assert set(flops) == {f"flops/{name}" for name in names}
+    assert sum(flops.values()) == 22 * (FORWARD_ALICE + BACKWARD_ALICE)
 
 
 @pytest.mark.parametrize(("num_alices", "many"), [(10, False), (11, True)])

@@ -21,7 +21,14 @@ TINY_BATCHES = (
 )
 TINY_VGG = (*TINY_BATCHES, "model.hidden_sizes=[8]")
 TWENTY_EACH = ("data.batch_size=40", "data.val_fraction=0.0", "metric=train/loss")  # of 200, dealt to ten Alices
-TINY = {"cifar10_vgg16_2party": TINY_VGG, "schemes": TWENTY_EACH, "forgetting": TWENTY_EACH}
+SIX_EACH = (*TINY_VGG, "num_alices=5", "data.batch_size=6", "data.val_fraction=0.0", "metric=train/loss")  # of 30
+TINY = {
+    "cifar10_vgg16_2party": TINY_VGG,
+    "schemes": TWENTY_EACH,
+    "forgetting": TWENTY_EACH,
+    "accuracy_vs_client_flops": (*TWENTY_EACH, "num_alices=10"),
+    "accuracy_vs_client_flops_cifar10": SIX_EACH,
+}
 
 # What crosses in five mini-batches of 40 rows (4 at the VGG): rows x elements at the cut x 4 bytes, and back.
 HIDDEN1, HIDDEN2 = 200 * 128 * 4, 200 * 640 * 4
@@ -62,6 +69,16 @@ EXPERIMENTS = {
     },
     "schemes": TEN_ALICES,
     "forgetting": TEN_ALICES,
+    "accuracy_vs_client_flops": {
+        **{f"alice{i}->bob": {"activation": 20 * 6 * 14 * 14 * 4} for i in range(5)},
+        **{f"bob->alice{i}": {"gradient": 20 * 6 * 14 * 14 * 4} for i in range(5)},
+        **{f"alice{i}->alice{i + 1}": {"weights": (6 * 25 + 6) * 4} for i in range(4)},
+    },
+    "accuracy_vs_client_flops_cifar10": {
+        **{f"alice{i}->bob": {"activation": 6 * 64 * 32 * 32 * 4} for i in range(5)},
+        **{f"bob->alice{i}": {"gradient": 6 * 64 * 32 * 32 * 4} for i in range(5)},
+        **{f"alice{i}->alice{i + 1}": {"weights": (64 * 3 * 9 + 64) * 4} for i in range(4)},
+    },
 }
 
 
@@ -77,9 +94,9 @@ def test_an_experiment_runs_and_leaves_its_results(name, configure, idx_root, mo
     metric = train(cfg)
 
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert set(results) == {"epochs", "test", "bytes", "evaluation_bytes", "seconds"}
+    assert set(results) == {"epochs", "test", "bytes", "evaluation_bytes", "flops", "macs", "seconds"}
     assert results["bytes"] == EXPERIMENTS[name]
-    promised = {"epoch", "train/loss", "bytes", "seconds", "step"}
+    promised = {"epoch", "train/loss", "bytes", "client_flops", "client_flops_max", "seconds", "step"}
     validated = {"val/loss", "val/accuracy"} if cfg.data.val_fraction else set()
     assert [set(epoch) for epoch in results["epochs"]] == [promised | validated]
     assert set(results["test"]) == {"test/loss", "test/accuracy"}

@@ -10,17 +10,20 @@ import splitlearn
 
 SRC = Path(splitlearn.__file__).parent
 LAYERS = [
-    *("seeds", "errors", "layout", "ledger"),
-    *("models.layers", "models.lenet", "models.mlp", "models.resnet", "models.vgg", "models"),
-    *("wire", "cut", "segment", "network"),
-    *("averaging", "live", "partition", "sharing", "schedule", "rounds", "checks"),
-    *("pace", "data.augment", "data.sources", "data.table", "data.rows", "data.loader", "data.module", "data"),
-    *("optimizers", "learner"),
+    *("seeds", "errors", "layout", "ledger", "link"),
+    *("models.layers", "models.lenet", "models.mlp", "models.resnet", "models.vgg", "models.zoo", "models"),
+    *("wire", "cut", "segment", "network", "flops", "leakage", "cuts"),
+    *("averaging", "live", "partition", "sharing", "schedule", "rounds", "checks", "timeline"),
+    *("pace", "data.augment", "data.sources", "data.table", "data.rows", "data.holdout", "data.loader", "data.module", "data"),
+    *("optimizers", "learner", "prediction"),
     *("drawing", "picture", "accuracy", "watch", "callbacks", "judging"),
     *("engines", "engines.simulated"),
-    *("sweep", "train"),
+    *("sweep", "train", "advise"),
 ]
-LIGHTNING = ("pace", "data", "optimizers", "learner", "watch", "callbacks", "judging", "attacks", "engines", "train")
+LIGHTNING = (
+    *("pace", "data", "optimizers", "learner", "prediction", "watch", "callbacks", "judging"),
+    *("attacks", "engines", "train"),
+)
 
 
 def module_of(path: Path) -> str:
@@ -61,7 +64,7 @@ def test_a_file_imports_only_from_the_layers_before_its_own(name):
 
 @pytest.mark.parametrize("package", ["hydra", "omegaconf"])
 def test_only_entry_points_see_configurations(package):
-    assert outside(package, ("sweep", "train")) == []
+    assert outside(package, ("sweep", "train", "advise")) == []
 
 
 def test_lightning_stays_out_of_the_crossing():

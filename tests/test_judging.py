@@ -1,6 +1,7 @@
 """Who is served how well, and what is forgotten: against counts by hand and against a network that is run by hand."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -132,3 +133,47 @@ def test_one_alice_is_not_judged_apart(tmp_path):
 def test_two_at_least_are_judged():
     with pytest.raises(ValueError, match=r"^`callbacks.judge.most` \(=1\) must be at least 2"):
         Judge(1)
+
+
+def test_weights_that_are_loaded_behind_a_round_are_what_is_evaluated(tmp_path):
+    data = make_data(36, val_rows=9, num_alices=3)
+    learner = make_learner(data, schedule=SIDE_BY_SIDE)
+    before = copy.deepcopy(learner.network.segments)
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.fit(learner, datamodule=data)
+    learner.network.segments.load_state_dict(before.state_dict())
+    (measured,) = trainer.validate(learner, datamodule=data, verbose=False)
+    assert measured["val/accuracy"] == pytest.approx(accuracy(before, data, data.val_ids))
+
+
+def test_a_run_that_ends_in_the_middle_of_a_round_says_so(tmp_path):
+    data = make_data(36, val_rows=9, num_alices=3)
+    for scheme, halfway in ((SIDE_BY_SIDE, True), (PARALLEL, False), (None, False)):
+        learner = make_learner(data, schedule=copy.deepcopy(scheme))
+        trainer = make_trainer(tmp_path, max_steps=2)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(learner, datamodule=data)
+        assert any("in the middle of a round" in str(warning.message) for warning in caught) is halfway
+
+
+def test_an_epoch_that_is_not_validated_is_not_judged(tmp_path):
+    data = make_data(36, val_rows=9, num_alices=3)
+    learner = make_learner(data)
+    trainer = make_trainer(tmp_path, [Judge(), Results(tmp_path / "results.json")], check_val_every_n_epoch=2)
+    trainer.fit(learner, datamodule=data)
+    first, second = results(tmp_path)["epochs"]
+    assert "val/performance_gap" not in first
+    assert "val/performance_gap" in second
+    rows = sum(learner.evaluation_ledger.num_bytes[f"alice{i}", "bob", "activation"] for i in range(3)) / 40
+    assert rows == 9 + 3 * 9  # the validation, and as each Alice left the network
+
+
+def test_only_those_who_took_part_are_judged(tmp_path):
+    data = make_data(36, val_rows=9, num_alices=4, sizes=[8, 10, 8, 10])
+    learner = make_learner(data, schedule={**SIDE_BY_SIDE, "participation": 0.5})
+    trainer = make_trainer(tmp_path, [Judge(), Results(tmp_path / "results.json")], max_epochs=4)
+    trainer.fit(learner, datamodule=data)
+    for number, epoch in enumerate(results(tmp_path)["epochs"]):
+        after = {name.rpartition("/")[2] for name in epoch if name.startswith("val/accuracy_after")}
+        assert after == set(learner.schedule.participants(number))

@@ -1,6 +1,8 @@
 """Bytes by direction and kind."""
 
-from splitlearn.ledger import Ledger
+import pytest
+
+from splitlearn.ledger import Ledger, is_alice
 
 
 def test_bytes_add_up_by_sender_receiver_and_kind():
@@ -51,3 +53,18 @@ def test_a_loaded_table_goes_on_where_it_was():
 
 def test_nothing_sent_is_an_empty_table():
     assert Ledger().table() == {}
+
+
+def test_passes_add_up_by_taker_and_rows():
+    ledger = Ledger()
+    for taker, num_rows in (("alice0", 4), ("alice1", 4), ("alice0", 3), ("alice0", 4)):
+        ledger.add_pass(taker, num_rows)
+    assert ledger.passes == {("alice0", 4): 2, ("alice1", 4): 1, ("alice0", 3): 1}
+    assert ledger.num_bytes == {}
+
+
+@pytest.mark.parametrize(
+    ("party", "alice"), [("alice0", True), ("alice12", True), ("alice", False), ("malice1", False), ("bob", False)]
+)
+def test_an_alice_has_a_number(party, alice):
+    assert is_alice(party) is alice

@@ -201,7 +201,7 @@ def test_rows_go_where_the_file_says(tmp_path):
         ("id,party\n0,alice0\n3,alice1\n", "FILE, line 3, id 3: not among the training rows 0 to 2; remove the line"),
         ("id,party\n-1,alice0\n", "FILE, line 2, id -1: not among the training rows 0 to 2"),
         ("id,party\none,alice0\n", "FILE, line 2, id one: not among the training rows 0 to 2"),
-        ("id,party\n0,alice0\n\n0,alice1\n", "FILE, line 4, id 0: line 2 deals it already, and each row has one owner"),
+        ("id,party\n0,alice0\n\n0,alice1\n", "FILE, line 4, id 0: line 2 deals it already, each row once"),
         ("id,party\n0,alice2\n", "FILE, line 2, id 0: `alice2` is not among alice0 to alice1; see `num_alices`"),
         ("id,party\n0,bob\n", "FILE, line 2, id 0: `bob` is not among alice0 to alice1"),
         ("id,party\n0,alice0\n1\n", "FILE, line 3, id 1: 1 fields, not an id and a party; mend or remove the line"),

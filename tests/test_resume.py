@@ -184,9 +184,18 @@ def test_training_that_max_steps_ended_goes_on_with_more(tmp_path, max_steps):
             assert difference(resumed, whole) == [], (name, more)
 
 
-def test_a_checkpoint_saved_behind_a_validation(tmp_path):
-    """It is not repeated; what it measured is in the checkpoint."""
-    case = {"scheduler": PLATEAU, "trainer": VALIDATE_EVERY_FIVE}
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {},
+        {"num_alices": 5, "schedule": {"alice": Average(), "bob": Average()}},
+        {"num_alices": 5, "schedule": {"alice": Personal(), "bob": Average()}},
+    ],
+    ids=["one alice", "v1", "v3"],
+)
+def test_a_checkpoint_saved_behind_a_validation(tmp_path, scheme):
+    """It is not repeated; what it measured is in the checkpoint, and of a round that goes on what is trained."""
+    case = {"scheduler": PLATEAU, "trainer": VALIDATE_EVERY_FIVE, **scheme}
     when = {"save_top_k": -1, "save_on_train_epoch_end": False, "auto_insert_metric_name": False}
     saver = ModelCheckpoint(tmp_path / "whole", "val{step}", "val/loss", **when)
     whole, logged = run(tmp_path / "whole", callbacks=[saver], **case)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers import BLOCKS, differences, make_rows, train
+from helpers import BLOCKS, SEED, differences, make_rows, train
 from torch.utils.data import Dataset, TensorDataset
 from torchvision import transforms
 
@@ -15,7 +15,7 @@ from splitlearn.data import Source, SplitData
 from splitlearn.data.loader import EvalLoader, TurnLoader
 from splitlearn.data.rows import InMemory, Normalise, Streamed, load
 from splitlearn.layout import two_party, vertical
-from splitlearn.partition import by_file, columns
+from splitlearn.partition import all_rows, by_file, columns, quantity
 from splitlearn.schedule import Schedule
 
 CPU = torch.device("cpu")
@@ -399,15 +399,12 @@ HELD_OUT = int(torch.cat([make_data().val_ids, make_data().test_ids]).min())  # 
             "`num_alices` (=21) must lie between 1 and the number of training",
         ),
         (
-            {
-                "takers": [f"alice{i}" for i in range(20)],
-                "partition": lambda labels, n, seed: torch.arange(20).split(1),
-            },
-            f"alice{HELD_OUT} has no training row: of 1 that `partition` deals her, all are held out; take fewer",
+            {"takers": [f"alice{i}" for i in range(20)]},
+            "`data.val_fraction` holds out 2 rows, which Alices without others need: take fewer Alices",
         ),
         (
             {"takers": ("alice0", "alice1"), "partition": lambda labels, n, seed: [torch.arange(20), torch.arange(0)]},
-            "alice1 has no training row: of 0 that `partition` deals her",
+            "`partition` gives alice1 no row: take fewer Alices or another partition",
         ),
         (
             {"takers": ("alice0", "alice1"), "partition": lambda labels, n, seed: [torch.arange(20), torch.arange(3)]},
@@ -464,3 +461,29 @@ def test_owners_of_columns_train_on_all_rows_at_once():
     run = train(vertical(BLOCKS, 1, num_alices=2), epochs=1)
     assert [list(step.batches) for step in run.steps[0]] == [["alices"]] * 5
     assert sorted(torch.cat([step.batches["alices"] for step in run.steps[0]]).tolist()) == list(range(19))
+
+
+def test_an_alice_all_of_whose_rows_would_be_held_out_keeps_one():
+    """alice0 has fifteen of twenty rows; of the others' one row each, that which is held out is spared."""
+
+    def deal(labels, num_shards, seed):
+        return [torch.arange(5, 20), *torch.arange(5).split(1)]
+
+    x, y = make_rows(20)
+    source = Source(TensorDataset(x, y), None, 3)
+    takers = [f"alice{i}" for i in range(6)]
+    plain, dealt = SplitData(source, seed=SEED), SplitData(source, takers, partition=deal, seed=SEED)
+    held = {*plain.val_ids.tolist(), *plain.test_ids.tolist()}
+    spared = held & set(range(5))
+    assert spared  # or this seed shows nothing
+    assert {*dealt.val_ids.tolist(), *dealt.test_ids.tolist()} == held - spared
+    assert [dealt.shards[f"alice{i + 1}"].tolist() for i in range(5)] == [[i] for i in range(5)]
+
+
+def test_owners_of_columns_are_dealt_no_rows():
+    source = Source(TensorDataset(*make_rows(20)), None, 3)
+    with pytest.raises(ValueError, match=r"^`partition` \(=quantity\) deals rows, and these Alices own columns: take"):
+        SplitData(source, ("alices",), 2, partition=partial(quantity, alpha=1.0))
+    with pytest.raises(ValueError, match=r"^`partition` \(=columns\) fits the layouts vertical and extended_vanilla"):
+        SplitData(source, ("alice0", "alice1"), partition=all_rows)
+    assert len(SplitData(source, ("alices",), 2, partition=all_rows).shards["alices"]) == 14

@@ -7,7 +7,7 @@ import torch
 from helpers import Recorder
 from torch import nn
 
-from splitlearn.live import Live
+from splitlearn.live import SERVER, Live
 from splitlearn.sharing import Average, Handoff, MeanGradient, Personal, Shared
 from splitlearn.wire import Wire
 
@@ -374,3 +374,22 @@ def test_a_checkpoint_between_two_turns_goes_on_alike(make, tmp_path):
 def test_settings_are_few(make, error):
     with pytest.raises(ValueError, match=f"^{re.escape(error)}$"):
         make()
+
+
+def test_all_step_by_what_the_server_answers():
+    """A server that answers with ones: that is the gradient to step by."""
+
+    class Ones:
+        party = SERVER
+
+        def hear(self, message):
+            return torch.ones_like(message.tensor) if message.src == SERVER else None
+
+    live, sharing = make_live(), MeanGradient()
+    live.wire.taps = [Ones()]
+    for name, value in live.trained.items():
+        value.grad = torch.full_like(live.weights[name], 7.0)
+    sharing.take(live, "alice0")
+    sharing.give(live, "alice0", 3)
+    sharing.end_round(live)
+    assert all(torch.equal(value.grad, torch.ones_like(value)) for value in live.trained.values())

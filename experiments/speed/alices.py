@@ -4,8 +4,8 @@
 
 The tutorial's network (784-128-640-10, of which Alice has 183,040 of 189,450 parameters) on 64,000 random images of
 MNIST's shape, in mini-batches of 64. A thousand Alices have one mini-batch each, which is the worst case: weights move
-with every mini-batch, they are many, and there is little to compute beside. splitlearn runs as `+experiment=mnist_2party
-schedule=...` does, with logger, progress bar, checkpoints and all.
+with every mini-batch, they are many, and there is little to compute beside. splitlearn runs as it does under
+`+experiment=mnist_2party schedule=...`, with logger, progress bar, checkpoints and all.
 
 Time: the run of one and that of many take turns in one process, a stretch of mini-batches each, since a shared machine
 changes its speed from second to second. The ratio is the median over the epochs, the first of which warms up. Memory:
@@ -38,7 +38,7 @@ MANY, BATCH_SIZE = 1000, 64
 
 
 class Turns(pl.Callback):
-    """Of two runs in threads of their own one moves at a time, a stretch of mini-batches; each times its own by epoch."""
+    """Of two runs, in a thread each, one moves at a time, for a stretch; each times its own mini-batches by epoch."""
 
     content_with_stretches = True
 

@@ -16,6 +16,7 @@ from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from splitlearn.drawing import draw
+from splitlearn.flops import clients
 from splitlearn.learner import SplitLearner
 
 
@@ -56,9 +57,10 @@ class Drawing(Callback):
 
 
 class Results(Callback):
-    """Keeps `results.json`: the epochs so far, the test, the bytes of training, the seconds. Survives a resume.
+    """Keeps `results.json`: the epochs so far, the test, bytes and FLOPs of training, seconds. Survives a resume.
 
-    Each epoch has its losses and metrics, and what they had cost by its end: all bytes of training, seconds, steps.
+    Each epoch has its losses and metrics, and what they had cost by its end: all bytes of training; the FLOPs of all
+    Alices together, and of the one that has computed most; seconds, steps.
     Written after every epoch, after training and the test, and when the run breaks off.
     """
 
@@ -88,10 +90,14 @@ class Results(Callback):
         self.validated = _measured(trainer, "val/")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
+        flops = clients(learner.meter.by_party())
         cost = {
             "bytes": sum(learner.ledger.num_bytes.values()),
+            "client_flops": sum(flops),
+            "client_flops_max": max(flops, default=0),
             "seconds": round(self.seconds, 3),
             "step": trainer.global_step,
+            **_told(trainer, "epoch_costs"),
         }
         epoch = {"epoch": trainer.current_epoch, "train/loss": learner.mean_loss, **self.validated, **cost}
         self.epochs = [*self.epochs[: trainer.current_epoch], epoch]
@@ -105,12 +111,16 @@ class Results(Callback):
         self.write(learner, stopped=f"{type(exception).__name__}: {exception}")
 
     def write(self, learner: SplitLearner, **more: Any) -> None:
+        flops = learner.meter.by_party()
         results = {
             "epochs": self.epochs,
             "test": self.test,
             "bytes": learner.ledger.table(),
             "evaluation_bytes": learner.evaluation_ledger.table(),
+            "flops": {party: cost._asdict() for party, cost in flops.items()},
+            "macs": {party: cost.macs for party, cost in flops.items()},
             "seconds": round(self.seconds, 3),
+            **_told(learner.trainer, "run_costs"),
             **more,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,6 +182,12 @@ class Interrupt(Callback):
 
 def _measured(trainer: pl.Trainer, prefix: str) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
+
+
+def _told(trainer: pl.Trainer, what: str) -> dict[str, Any]:
+    """What other callbacks, such as `splitlearn.prediction`, have for results.json."""
+    told = (getattr(callback, what)() for callback in trainer.callbacks if hasattr(callback, what))  # type: ignore[attr-defined]
+    return {name: value for each in told for name, value in each.items()}
 
 
 def _finite(value: Any) -> Any:

@@ -15,6 +15,8 @@ from splitlearn.layout import Party
 from splitlearn.learner import SplitLearner
 from splitlearn.segment import evaluating
 
+LASTING_AN_EPOCH = ("val/accuracy_after/", "val/performance_gap")  # Lightning itself keeps metrics for ever
+
 
 class Judge(Callback):
     """Judges by Alice: on her own rows, and on all validation rows as she leaves the network to the next.
@@ -39,15 +41,24 @@ class Judge(Callback):
         self.chosen: list[Party] = []
         self.by_label: dict[Party, Tensor] = {}
         self.by_owner: AccuracyByOwner | None = None
+        self.last: tuple[int, Tensor] | None = None  # Alices who finish in one step leave one network
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for name in [name for name in trainer.callback_metrics if name.startswith(LASTING_AN_EPOCH)]:
+            del trainer.callback_metrics[name]
 
     def on_alice_finished(self, trainer: pl.Trainer, learner: SplitLearner, alice: Party) -> None:
-        if not sum(trainer.num_val_batches) or len(learner.schedule.takers) == 1:
+        every, epoch = trainer.check_val_every_n_epoch, trainer.current_epoch
+        if len(learner.schedule.takers) == 1 or (every and (epoch + 1) % every):
             return
-        if trainer.current_epoch != self.epoch:
-            self.epoch, self.by_label = trainer.current_epoch, {}
-            self.chosen = _spread(learner.schedule.participants(self.epoch), self.most)
-        if alice in self.chosen:
-            self.by_label[alice] = _count(trainer, learner, alice)
+        if epoch != self.epoch:
+            self.epoch, self.by_label = epoch, {}
+            self.chosen = _spread(learner.schedule.participants(learner.pace.epoch), self.most)
+        if alice not in self.chosen:
+            return
+        if self.last is None or self.last[0] != trainer.global_step or learner.rounds.personal:
+            self.last = trainer.global_step, _count(trainer, learner, alice)
+        self.by_label[alice] = self.last[1]
 
     def on_validation_batch_end(  # type: ignore[override]
         self, trainer: pl.Trainer, learner: SplitLearner, outputs: dict[str, Tensor], *_: Any
@@ -60,7 +71,7 @@ class Judge(Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
         self._log_by_owner(learner, "val")
-        if trainer.current_epoch != self.epoch or set(self.by_label) != set(self.chosen):
+        if trainer.current_epoch != self.epoch or set(self.by_label) != set(self.chosen) or trainer.sanity_checking:
             return
         for alice, (correct, total) in self.by_label.items():
             learner.log(f"val/accuracy_after/{alice}", correct.sum() / total.sum())
@@ -98,7 +109,7 @@ def _count(trainer: pl.Trainer, learner: SplitLearner, alice: Party) -> Tensor:
     network.wire.ledger = learner.evaluation_ledger
     try:
         with evaluating(network), learner.rounds.as_of(alice):
-            for batch in islice(loader, int(trainer.num_val_batches[0])):
+            for batch in islice(loader, _limit(trainer, len(loader))):
                 output, labels, _ = network(batch, learner.layout.cast(alice))
                 right = labels[output.argmax(1) == labels]
                 counts += torch.stack([torch.bincount(some, minlength=num_labels) for some in (right, labels)]).cpu()
@@ -106,6 +117,11 @@ def _count(trainer: pl.Trainer, learner: SplitLearner, alice: Party) -> Tensor:
         network.wire.ledger = learner.ledger
     torch.clear_autocast_cache()  # what it keeps was made without a graph
     return counts
+
+
+def _limit(trainer: pl.Trainer, num_batches: int) -> int:
+    limit = trainer.limit_val_batches
+    return min(limit, num_batches) if isinstance(limit, int) else int(limit * num_batches)
 
 
 def _spread(parties: list[Party], most: int) -> list[Party]:

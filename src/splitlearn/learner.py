@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
@@ -17,6 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from splitlearn.checks import check_loss, check_precision, check_settings
 from splitlearn.data.loader import Turns
 from splitlearn.errors import DivergedError, InputError
+from splitlearn.flops import Meter
 from splitlearn.layout import Party, Role
 from splitlearn.ledger import Ledger
 from splitlearn.network import Batch, SplitNetwork
@@ -74,6 +77,7 @@ class SplitLearner(pl.LightningModule):
         self.clip = {"gradient_clip_val": gradient_clip_val, "gradient_clip_algorithm": gradient_clip_algorithm}
         self.steps_per_execution = steps_per_execution
         self.ledger, self.evaluation_ledger = network.wire.ledger, Ledger()
+        self.meter = Meter(network, self.ledger)
         # Only the holder of the loss computes metrics; one that syncs by itself would wait for the other parties.
         self.accuracy = MulticlassAccuracy(num_classes, average="micro", sync_on_compute=False)
         self.loss_sum, self.num_rows, self.last_loss = 0.0, 0, math.nan
@@ -98,6 +102,7 @@ class SplitLearner(pl.LightningModule):
         self.stepper.zero_grad()
         yield
         self.rounds.num_rows += len(batch.ids)
+        self.ledger.add_pass(alice, len(batch.ids))
         self.stepper.after_backward()
         self.stepper.step(self.rounds.at_once)
 
@@ -138,8 +143,7 @@ class SplitLearner(pl.LightningModule):
     def setup(self, stage: str) -> None:
         self.pace = Pace(self.trainer, self.steps_per_execution)
         if self.schedule.num_participants < len(self.schedule.takers):
-            # An epoch's length depends on who takes part.
-            self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+            self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined] # lengths of epochs vary
 
     def on_train_start(self) -> None:
         self.trainer.callback_metrics.update(self.measured)
@@ -156,16 +160,20 @@ class SplitLearner(pl.LightningModule):
         if self.pace.left == 0:  # and no limit broke the epoch off
             self.stepper.step_schedulers("epoch")
 
+    def on_train_end(self) -> None:
+        if self.rounds.halfway:
+            rank_zero_warn("training stopped in the middle of a round: what is evaluated are the weights of its start")
+
     def on_validation_start(self) -> None:
         self.network.wire.ledger = self.evaluation_ledger
         self.rounds.find()
         self.rounds.show()
 
-    def on_validation_end(self) -> None:
-        self.rounds.hide()
+    def on_validation_epoch_end(self) -> None:
+        self.rounds.hide()  # here, since a checkpoint may be saved in the callbacks' on_validation_end
         self.network.wire.ledger = self.ledger
 
-    on_test_start, on_test_end = on_validation_start, on_validation_end
+    on_test_start, on_test_epoch_end = on_validation_start, on_validation_epoch_end
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters()):
@@ -174,6 +182,7 @@ class SplitLearner(pl.LightningModule):
             "kind": self.kind,
             "rounds": self.rounds.state_dict(),
             "bytes": [self.ledger.table(), self.evaluation_ledger.table()],
+            "passes": dict(self.ledger.passes),
             "loss": [self.loss_sum, self.num_rows],
             "measured": dict(self.trainer.callback_metrics),
             "left": self.pace.left,
@@ -193,27 +202,25 @@ class SplitLearner(pl.LightningModule):
             self._go_on(state, checkpoint["loops"]["fit_loop"])
 
     def _go_on(self, state: dict[str, Any], fit_loop: dict[str, Any]) -> None:
-        for ledger, table in zip((self.ledger, self.evaluation_ledger), state["bytes"], strict=True):
-            ledger.load(table)
+        self.ledger.load(state["bytes"][0])
+        self.evaluation_ledger.load(state["bytes"][1])
         self.loss_sum, self.num_rows = state["loss"]
-        self.measured = state["measured"]
+        self.ledger.passes, self.measured = state["passes"], state["measured"]
         go_on(fit_loop, state["left"])
 
     def _end_step(self, turns: Turns) -> None:
-        side_by_side = self.schedule.turn == "step"
-        if not side_by_side:  # while the weights are still hers
-            self._tell_finished(turns.finishes)
+        if self.schedule.turn != "step":  # while the weights are still hers
+            self._tell_finished(turns)
         if turns.ends_round or self.pace.left == 0:
             self.rounds.end()
             self.stepper.step(self.rounds.deferred)
-        if side_by_side:
-            self._tell_finished(turns.finishes)
+        if self.schedule.turn == "step":
+            self._tell_finished(turns)
         self.stepper.step_schedulers("step")
 
-    def _tell_finished(self, alices: Sequence[Party]) -> None:
-        for judge in self.judges:
-            for alice in alices:
-                judge.on_alice_finished(self.trainer, self, alice)
+    def _tell_finished(self, turns: Turns) -> None:
+        for judge, alice in product(self.judges, turns.finishes):
+            judge.on_alice_finished(self.trainer, self, alice)
 
     def _evaluate(self, batch: Batch, stage: str) -> dict[str, Tensor | None]:
         output, labels, owners = self.rounds.predict(batch)

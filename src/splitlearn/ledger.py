@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from splitlearn.layout import Party
 
 KINDS = ("activation", "gradient", "label", "weights", "weight_gradient", "optimizer_state", "metric", "control")
 
 
 class Ledger:
-    """Bytes by sender, receiver and kind of message.
+    """Bytes by sender, receiver and kind of message; and the training passes, from which FLOPs are worked out.
 
-    `num_bytes` maps `(src, dst, kind)` to the bytes that went that way so far.
+    `num_bytes` maps `(src, dst, kind)` to the bytes that went that way so far, `passes` maps `(taker, num_rows)` to
+    the passes, forward and backward, of as many rows in the turns of that Alice.
     """
 
     def __init__(self) -> None:
         self.num_bytes: dict[tuple[Party, Party, str], int] = {}
+        self.passes: dict[tuple[Party, int], int] = {}
+        self.diary: Callable[[Party, Party, str, int], None] | None = None  # told each message, in order
 
     def add(self, src: Party, dst: Party, kind: str, num_bytes: int) -> None:
         key = (src, dst, kind)
         self.num_bytes[key] = self.num_bytes.get(key, 0) + num_bytes
+        if self.diary is not None:
+            self.diary(src, dst, kind, num_bytes)
+
+    def add_pass(self, taker: Party, num_rows: int) -> None:
+        key = (taker, num_rows)
+        self.passes[key] = self.passes.get(key, 0) + 1
 
     def table(self, merge: bool = False) -> dict[str, dict[str, int]]:
         """Return `{"alice0->bob": {"activation": bytes, ...}, ...}`, summed over the Alices as `alice*` to `merge`."""
         table: dict[str, dict[str, int]] = {}
         for (src, dst, kind), num_bytes in self.num_bytes.items():
-            pair = f"{_merged(src)}->{_merged(dst)}" if merge else f"{src}->{dst}"
+            pair = f"{merged(src)}->{merged(dst)}" if merge else f"{src}->{dst}"
             kinds = table.setdefault(pair, {})
             kinds[kind] = kinds.get(kind, 0) + num_bytes
         return table
@@ -36,8 +47,13 @@ class Ledger:
         }
 
 
-def _merged(party: Party) -> Party:
-    return "alice*" if party.startswith("alice") and party[5:].isdecimal() else party
+def is_alice(party: Party) -> bool:
+    return party.startswith("alice") and party[5:].isdecimal()
+
+
+def merged(party: Party) -> Party:
+    """All Alices are `alice*`."""
+    return "alice*" if is_alice(party) else party
 
 
 def _split(pair: str) -> tuple[Party, Party]:

@@ -56,14 +56,13 @@ class Live:
         }
 
     def carry(self, tensors: Mapping[str, Tensor], src: Party, dst: Party, kind: str) -> Mapping[str, Tensor]:
+        """Return what `dst` receives. What a role other than alice has stays with the one party who plays it."""
         if self.role != "alice":
             return tensors
         return {name: self.wire.carry(tensor, src, dst, kind) for name, tensor in tensors.items()}
 
-    @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            self.weights[name].copy_(tensor)
+        write(self.weights, tensors)
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -88,15 +87,16 @@ class Live:
     def set_state(self, own: Mapping[int, dict[str, Any]]) -> None:
         if self.optimizer is None:
             return
-        parameters = self._parameters()
+        parameters, on_device = self._parameters(), _counts_on_device(self.optimizer)
         self.optimizer.state.clear()
         for i, state in own.items():
-            # From a checkpoint it comes on the CPU, where torch has the step count anyway.
-            moved = {
-                k: v if k == "step" or not isinstance(v, Tensor) else v.to(parameters[i].device)
-                for k, v in state.items()
+            # From a checkpoint it comes on the CPU.
+            self.optimizer.state[parameters[i]] = {
+                key: value.to(parameters[i].device)
+                if isinstance(value, Tensor) and (key != "step" or on_device)
+                else value
+                for key, value in state.items()
             }
-            self.optimizer.state[parameters[i]] = moved
 
     def _parameters(self) -> Sequence[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
@@ -104,3 +104,16 @@ class Live:
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def write(tensors: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> None:
+    """Copy what was received over the tensors of these names, where it is not the same memory anyway."""
+    for name, tensor in received.items():
+        if tensor.data_ptr() != tensors[name].data_ptr():
+            tensors[name].copy_(tensor)
+
+
+def _counts_on_device(optimizer: Optimizer) -> bool:
+    """Whether torch keeps the count of steps beside the parameters; on the CPU, otherwise."""
+    return bool(optimizer.defaults.get("capturable") or optimizer.defaults.get("fused"))

@@ -42,7 +42,7 @@ class SplitNetwork(nn.Module):
         sample: a few rows of each data field, from which lazy layers take their shapes.
         seed: initial weights are a function of (seed, block name) for lazy layers.
 
-    `sample_output` is the output for the sample, by which a loss is checked.
+    `sample_output` is the output for the sample, by which a loss is checked; `sample` is its shapes, on meta.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class SplitNetwork(nn.Module):
         self.owners = {stage.name: stage.role for stage in layout.stages}
         # A list beside the ModuleDict, whose look-ups would cost as much as the cut itself.
         self.program = [(stage, segments[stage.name]) for stage in layout.stages]
+        self.sample = {name: field.to("meta") for name, field in sample.items()}
         with torch.random.fork_rng(devices=[]):
             self.sample_output = self._shape(sample)
 
@@ -68,7 +69,7 @@ class SplitNetwork(nn.Module):
         tape: list[Hop] = []
         for stage, segment in self.program:
             inputs = [self._bring(values, name, stage.role, cast, tape) for name in stage.inputs]
-            values[stage.name] = segment(_join(inputs), batch.number)
+            values[stage.name] = segment(join(inputs), batch.number)
         holder, owner = cast[stage.role], cast[self.layout.owners["y"]]
         labels = values["y"] if owner == holder else self.wire.carry(values["y"], owner, holder, "label")
         return values[stage.name], labels, tape
@@ -126,7 +127,7 @@ class SplitNetwork(nn.Module):
     def _shape(self, sample: Mapping[str, Tensor]) -> Tensor:
         values = dict(sample)
         for stage, segment in self.program:
-            values[stage.name] = segment.shape(_join([values[name] for name in stage.inputs]))
+            values[stage.name] = segment.shape(join([values[name] for name in stage.inputs]))
         return values[stage.name]
 
 
@@ -140,7 +141,8 @@ def check_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return dict(model.named_children())
 
 
-def _join(inputs: list[Tensor]) -> Tensor:
+def join(inputs: list[Tensor]) -> Tensor:
+    """What a stage takes: one value, or several along dimension 1."""
     return inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
 
 

@@ -56,6 +56,11 @@ class Pace:
         self.longest = 1 if _listens_to_each(trainer) else longest
 
     @property
+    def epoch(self) -> int:
+        """The epoch whose order is trained in: to overfit, every epoch has the same few mini-batches."""
+        return 0 if self.trainer.overfit_batches else self.trainer.current_epoch  # type: ignore[attr-defined]
+
+    @property
     def done(self) -> int:
         """Mini-batches of this epoch that are trained."""
         return self.loop.batch_progress.current.ready

@@ -101,15 +101,23 @@ def by_file(labels: Tensor, num_shards: int, seed: int, path: str | Path) -> lis
         if not 0 <= row < len(labels):
             raise ValueError(f"{where}: not among the training rows 0 to {len(labels) - 1}; remove the line")
         if row in lines:
-            raise ValueError(
-                f"{where}: line {lines[row]} deals it already, and each row has one owner; remove one line"
-            )
+            raise ValueError(f"{where}: line {lines[row]} deals it already, each row once; remove one line")
         if party not in alices:
             raise ValueError(f"{where}: `{party}` is not among alice0 to alice{num_shards - 1}; see `num_alices`")
         lines[row], owners[row] = line, alices[party]
     _check_dealt(path, owners, num_shards)
     dealt = torch.tensor(owners)
     return [(dealt == i).nonzero()[:, 0] for i in range(num_shards)]
+
+
+def all_rows(labels: Tensor, num_shards: int, seed: int) -> list[Tensor]:
+    """All rows in one piece: the Alices own columns of them."""
+    if num_shards != 1:
+        raise ValueError(
+            "`partition` (=columns) fits the layouts vertical and extended_vanilla, where each Alice owns columns: "
+            "take one of them, or a partition that deals rows"
+        )
+    return [torch.arange(len(labels))]
 
 
 def columns(
@@ -223,7 +231,7 @@ def _check_labels(labels: Tensor, name: str) -> None:
 
 
 def _check_alpha(alpha: float) -> None:
-    if not 0 < alpha <= LARGEST_ALPHA:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= LARGEST_ALPHA:
         raise ValueError(
             f"`partition.alpha` (={alpha}) must be above 0 and at most {LARGEST_ALPHA:g}: small is skewed, large even"
         )

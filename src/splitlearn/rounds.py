@@ -47,6 +47,11 @@ class Rounds:
             live.optimizer = (optimizers or {}).get(role, live.optimizer)
             live.find()
 
+    @property
+    def halfway(self) -> bool:
+        """Whether a round is unfinished, so that evaluation takes the weights of its start."""
+        return any(bool(getattr(sharing, "start", None)) for sharing in self.sharings.values())
+
     def take(self, alice: Party) -> None:
         """The turn is Alice's from now on."""
         if self.taking and alice == self.holder:
@@ -84,6 +89,7 @@ class Rounds:
             mine = batch if batch.owners is None else _rows_of(batch, batch.owners == i)
             if len(mine.ids):
                 self.sharings["alice"].take(self.lives["alice"], alice)
+                torch.clear_autocast_cache()  # it may hold the half-precision copies of another's weights
                 output, labels, _ = self.network(mine, self.network.layout.cast(alice))
                 parts.append((output, labels, torch.full_like(labels, i)))
         output, labels, owners = map(torch.cat, zip(*parts, strict=True))
@@ -98,8 +104,10 @@ class Rounds:
         sharing, live = self.sharings["alice"], self.lives["alice"]
         sharing.show(live)
         sharing.take(live, alice)
-        yield
-        sharing.hide(live)
+        try:
+            yield
+        finally:
+            sharing.hide(live)
 
     def state_dict(self) -> dict[str, Any]:
         sharings = {role: sharing.state_dict() for role, sharing in self.sharings.items()}

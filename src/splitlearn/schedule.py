@@ -58,7 +58,7 @@ class Schedule:
             is over.
         order: of the turns: `fixed`, `random` (drawn each epoch) or `cyclic` (each epoch another Alice begins).
         local_epochs: passes over her rows of each Alice in an epoch.
-        participation: the share of the Alices who take part in an epoch, drawn each time, in (0, 1].
+        participation: the share of the Alices who take part in an epoch, drawn each time, in (0, 1]; a half counts up.
         seed: of what is drawn.
     """
 
@@ -78,7 +78,7 @@ class Schedule:
         self.alice = Handoff() if alice is None else alice
         self.bob = Shared() if bob is None else bob
         self._check()
-        self.num_participants = round(participation * len(self.takers))
+        self.num_participants = _half_up(participation * len(self.takers))
 
     def participants(self, epoch: int) -> list[Party]:
         """Return who takes part in an epoch, in the order of their turns."""
@@ -115,8 +115,8 @@ class Schedule:
         """Raises ValueError when the layout has nobody to take turns, or nobody to share the weights of."""
         if "alice" not in layout.roles and not (type(self.alice) is Handoff and type(self.bob) is Shared):
             raise ValueError(
-                f"`schedule` ({self.describe()}) does not fit {layout.kind}, where all Alices train at once: "
-                "take schedule=sequential, or layout two_party, multi_hop or u_shaped"
+                f"`schedule.alice` (={self.alice}) with `schedule.bob` (={self.bob}) does not fit {layout.kind}, where "
+                "all Alices train at once: take schedule=sequential, or layout two_party, multi_hop or u_shaped"
             )
         if set(layout.roles) == {"alice"} and type(self.bob) is not Shared:
             raise ValueError(
@@ -142,12 +142,12 @@ class Schedule:
             _check_whole("schedule.turn", self.turn, ", or one of epoch and step")
         if self.order not in ORDERS:
             raise ValueError(f"`schedule.order` (={self.order}) must be one of {', '.join(ORDERS)}")
-        if not 0 < self.participation <= 1:
+        if isinstance(self.participation, (bool, str)) or not 0 < self.participation <= 1:
             raise ValueError(f"`schedule.participation` (={self.participation}) must lie in (0, 1]: 1 is everybody")
-        if round(self.participation * len(self.takers)) < 1:
+        if _half_up(self.participation * len(self.takers)) < 1:
             raise ValueError(
                 f"`schedule.participation` (={self.participation}) of {len(self.takers)} Alices rounds to nobody: "
-                f"take at least {1 / len(self.takers):.2g}"
+                f"take e.g. {1 / len(self.takers):.2g}"
             )
         for role, sharing in (("alice", self.alice), ("bob", self.bob)):
             if isinstance(sharing, MeanGradient) and self.turn != "step":
@@ -167,6 +167,10 @@ class Schedule:
                 f"`schedule.turn` (=step) has all Alices train at once, and `schedule.alice` (={self.alice}) hands on: "
                 "take turn=1, or MeanGradient"
             )
+
+
+def _half_up(number: float) -> int:
+    return int(number + 0.5)
 
 
 def _check_whole(name: str, value: object, also: str = "") -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from splitlearn.averaging import WeightedMean
 from splitlearn.layout import Party
-from splitlearn.live import SERVER, Live, copied
+from splitlearn.live import SERVER, Live, copied, write
 
 POLICIES, WEIGHTINGS = ("carry", "reset", "keep"), ("samples", "uniform")
 
@@ -45,8 +45,7 @@ class Sharing:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(eq=False)
@@ -56,7 +55,7 @@ class Shared(Sharing):
 
 @dataclass(eq=False)
 class Handoff(Sharing):
-    """Alice hands a copy of her trained bottom to the next Alice (Gupta & Raskar 2018, arXiv 1810.06060, section 3.2).
+    """Alice hands a copy of her trained bottom to the next (Gupta & Raskar 2018, arXiv 1810.06060, section 3.2).
 
     Arguments:
         optimizer_state: `carry` (it travels with the weights and is counted), `reset` (the next Alice starts
@@ -75,9 +74,8 @@ class Handoff(Sharing):
 
     @property
     def way(self) -> str:  # type: ignore[override]
-        if self.handoff == "peer":
-            return "each alice -> the next: weights, {} bytes a turn"
-        return "each alice -> server -> the next: weights, {} bytes a turn, twice"
+        peer = "each alice -> the next: weights, {} bytes a turn"
+        return peer if self.handoff == "peer" else peer.replace("the next", "server -> the next") + ", twice"
 
     def take(self, live: Live, alice: Party) -> None:
         giver, self.holder = self.holder, alice
@@ -144,6 +142,7 @@ class Average(Sharing):
     def end_round(self, live: Live) -> None:
         self.mean.write(self.start)
         live.load(self.start)
+        self.start = {}
         if self.optimizer_state == "carry":
             self.start_state = copied(live.state)
             self.mean_state.write(self.start_state)
@@ -201,11 +200,12 @@ class MeanGradient(Sharing):
         self.givers.append(alice)
 
     def end_round(self, live: Live) -> None:
-        self.mean.write({**live.gradients, **live.buffers})
+        means = {**live.gradients, **live.buffers}
+        self.mean.write(means)
         for alice in self.givers:
-            live.carry(live.gradients, SERVER, alice, "weight_gradient")
-            live.carry(live.buffers, SERVER, alice, "weights")
-        self.givers = []
+            write(means, live.carry(live.gradients, SERVER, alice, "weight_gradient"))
+            write(means, live.carry(live.buffers, SERVER, alice, "weights"))
+        self.givers, self.start = [], {}
 
 
 @dataclass(eq=False)

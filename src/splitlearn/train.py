@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import warnings
@@ -120,6 +121,8 @@ def main(cfg: DictConfig) -> float | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # Hydra goes on with the sweep, and fails at its end
             raise
         sys.exit(f"splitlearn: {_one_line(error)}")
+    finally:
+        gc.collect()  # trainer, learner and data refer to each other: a sweep would keep every job's data set
 
 
 def _check(cfg: DictConfig) -> None:

@@ -8,13 +8,16 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
 from splitlearn.accuracy import FEW
 from splitlearn.data import SplitData
+from splitlearn.flops import clients
 from splitlearn.learner import SplitLearner
+from splitlearn.ledger import is_alice
 from splitlearn.picture import who_has_what
 
 
@@ -22,8 +25,10 @@ class Watch(Callback):
     """Writes to TensorBoard what a split run has that others have not.
 
     At the start a picture of who has which rows. Every `log_every_n_steps` mini-batches the loss, and by role the
-    learning rate and the gradient's norm (after clipping), and the bytes so far by direction and kind; after the first
-    epoch and every `every_n_epochs` a histogram of what crosses each cut, and a sheet of inputs beside it.
+    learning rate and the gradient's norm (after clipping), and the bytes so far by direction and kind, the FLOPs so far
+    by party; after the first epoch and every `every_n_epochs` a histogram of what crosses each cut, and a sheet of
+    inputs beside it. After every validation its accuracy over what it has cost: there the step of TensorBoard's axis is
+    one FLOP of the Alices or one byte, so that runs are compared by cost.
 
     Arguments:
         num_images: the rows of the data on the sheet.
@@ -51,10 +56,21 @@ class Watch(Callback):
         for role, optimizer in learner.stepper.optimizers.items():
             scalars[f"lr/{role}"] = optimizer.param_groups[0]["lr"]
             scalars[f"grad_norm/{role}"] = float(_norm(learner.network.parameters_of(role)))
-        for pair, kinds in learner.ledger.table(merge=has_many_alices(learner)).items():
+        many = has_many_alices(learner)
+        scalars.update({f"flops/{party}": float(cost.total) for party, cost in learner.meter.by_party(many).items()})
+        for pair, kinds in learner.ledger.table(merge=many).items():
             scalars.update({f"bytes/{pair}/{kind}": float(num_bytes) for kind, num_bytes in kinds.items()})
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=step)
+
+    def on_validation_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
+        accuracy = trainer.callback_metrics.get("val/accuracy")
+        if accuracy is None or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        flops, num_bytes = sum(clients(learner.meter.by_party())), sum(learner.ledger.num_bytes.values())
+        for writer in _writers(trainer):
+            writer.add_scalar("cost/val_accuracy_by_client_flops", accuracy, flops)
+            writer.add_scalar("cost/val_accuracy_by_bytes", accuracy, num_bytes)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
         writers = _writers(trainer)
@@ -75,7 +91,7 @@ class Watch(Callback):
 def has_many_alices(learner: SplitLearner) -> bool:
     """Whether bytes are told as a sum over the Alices, whether they take turns or own columns."""
     parties = {*learner.schedule.takers, *learner.network.layout.roles}
-    return sum(party.startswith("alice") and party[5:].isdecimal() for party in parties) > FEW
+    return sum(map(is_alice, parties)) > FEW
 
 
 def _writers(trainer: pl.Trainer) -> list[Any]:

@@ -72,8 +72,7 @@ class TurnLoader:
         pass
 
     def _turns(self, epoch: int, start: int) -> Iterator[Turns]:
-        # Lightning stops the shuffling to overfit, so that every epoch has the same few mini-batches.
-        steps = self.steps(0 if self.pace.trainer.overfit_batches else epoch)  # type: ignore[attr-defined]
+        steps = self.steps(self.pace.epoch)
         place = sum(len(step.batches) for step in steps[:start])
         steps = steps[start:]
         device = self.pace.trainer.strategy.root_device
@@ -89,8 +88,7 @@ class TurnLoader:
     @cached_property
     def _length(self) -> int:
         """The same for all epochs; where it depends on who takes part, Lightning asks for a loader anew each epoch."""
-        epoch = self.pace.trainer.current_epoch
-        return len(self.schedule.steps(epoch, lambda taker, _: self.shards[taker].split(self.batch_size)))
+        return len(self.schedule.steps(self.pace.epoch, lambda taker, _: self.shards[taker].split(self.batch_size)))
 
     def _batches(self, taker: Party, number: int) -> Sequence[Tensor]:
         shard = self.shards[taker]

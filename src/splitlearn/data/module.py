@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from splitlearn.data.holdout import hold_out, owners_of, rows_trained_on, still_held
 from splitlearn.data.loader import Augment, EvalLoader, TurnLoader
 from splitlearn.data.rows import Fields, InMemory, Normalise, Rows, Streamed, load, moments
 from splitlearn.data.sources import Source
 from splitlearn.layout import Party
+from splitlearn.partition import all_rows, iid
 from splitlearn.partition import columns as deal_columns
-from splitlearn.partition import iid
-from splitlearn.seeds import derive
 
 FITS_IN_MEMORY = 2 * 1024**3  # bytes of float32; larger data sets are streamed unless `in_memory` says otherwise
 
@@ -26,7 +26,8 @@ class SplitData(pl.LightningDataModule):
     """Training rows dealt to the takers of turns, validation and test rows for all.
 
     All rows of `source.train` are dealt, so that a partition knows them by their place there; then those that are held
-    out for testing and validation, the same whatever the partition, are taken out of the shards. `owners` [N] int64
+    out for testing and validation, the same whatever the partition, are taken out of the shards (an Alice of whose rows
+    all would be held out keeps one). `owners` [N] int64
     keeps whose each row of `source.train` is, as a place in `takers`; `labels` [N] int64, -1 where not known.
 
     Arguments:
@@ -72,7 +73,7 @@ class SplitData(pl.LightningDataModule):
         self.batch_size, self.eval_batch_size, self.seed, self.augment = batch_size, eval_batch_size, seed, augment
         self.num_classes = source.num_classes
         fractions = (test_fraction if source.test is None else 0.0, val_fraction)
-        test_ids, self.val_ids, train_ids = _split(len(source.train), fractions, seed)  # type: ignore[arg-type]
+        test_ids, self.val_ids, train_ids = hold_out(len(source.train), fractions, seed)  # type: ignore[arg-type]
         if standardise:
             mean, std = _moments(source.train, train_ids, mean)
         self.columns = _columns(source, num_columns, columns)
@@ -81,9 +82,14 @@ class SplitData(pl.LightningDataModule):
         self.test_rows = self.rows if source.test is None else _rows(source.test, prepare, in_memory, num_workers)
         self.test_ids = test_ids if source.test is None else torch.arange(len(self.test_rows))
         self.labels = _labels(self.rows, source.train, source.num_classes)
+        _check_partition(partition, num_columns)
         dealt = dict(zip(takers, partition(self.labels, len(takers), seed), strict=True))
-        self.owners = _owners(dealt, len(self.rows))
-        self.shards = _keep(dealt, train_ids, len(self.rows))
+        self.owners = owners_of(dealt, len(self.rows))
+        trained = rows_trained_on(dealt, train_ids, len(self.rows))
+        self.shards = {taker: rows[trained[rows]] for taker, rows in dealt.items()}
+        self.val_ids = still_held(self.val_ids, trained, "data.val_fraction")
+        if source.test is None:
+            self.test_ids = still_held(self.test_ids, trained, "data.test_fraction")
 
     @property
     def kind(self) -> str:
@@ -134,20 +140,6 @@ def _rows(dataset: Dataset, prepare: Normalise, in_memory: bool | None, num_work
     return InMemory(*load(dataset), prepare) if in_memory else Streamed(dataset, prepare, num_workers)
 
 
-def _split(num_rows: int, fractions: Sequence[float], seed: int) -> list[Tensor]:
-    """Return disjoint row indices: one part for each fraction, and the rest, in which training finds its rows."""
-    sizes = [round(num_rows * fraction) for fraction in fractions]
-    rest = num_rows - sum(sizes)
-    if rest < 1 or any(fraction > 0 and size < 1 for fraction, size in zip(fractions, sizes, strict=True)):
-        raise ValueError(
-            f"{num_rows} rows cannot be split into a test share of {fractions[0]}, a validation share of "
-            f"{fractions[1]} and at least one row for training: change `data.test_fraction` or `data.val_fraction`"
-        )
-    generator = torch.Generator().manual_seed(derive(seed, "split"))
-    order = torch.randperm(num_rows, generator=generator) if any(sizes) else torch.arange(num_rows)
-    return list(order.split([*sizes, rest]))
-
-
 def _moments(dataset: Dataset, ids: Tensor, mean: object) -> tuple[list[float], list[float]]:
     tensors = getattr(dataset, "tensors", None)
     if tensors is None or mean is not None:
@@ -168,6 +160,15 @@ def _columns(source: Source, num_columns: int, blocks: Sequence[Sequence[int | s
     return None
 
 
+def _check_partition(partition: Callable[..., list[Tensor]], num_columns: int) -> None:
+    deals = getattr(partition, "func", partition)
+    if num_columns > 1 and deals not in (iid, all_rows):
+        raise ValueError(
+            f"`partition` (={getattr(deals, '__name__', deals)}) deals rows, and these Alices own columns: "
+            "take partition=columns"
+        )
+
+
 def _labels(rows: Rows, dataset: Dataset, num_classes: int) -> Tensor:
     """The label of every row [N], -1 if only reading it would tell; raises ValueError for one that is out of range."""
     if isinstance(rows, InMemory):
@@ -182,34 +183,6 @@ def _labels(rows: Rows, dataset: Dataset, num_classes: int) -> Tensor:
             "number classes from 0, or give the right `num_classes`"
         )
     return labels
-
-
-def _owners(dealt: Mapping[Party, Tensor], num_rows: int) -> Tensor:
-    """Whose each row is, as a place in `dealt` [N]. Raises ValueError unless each row is dealt once."""
-    rows = torch.cat(list(dealt.values()))
-    if not torch.equal(rows.sort().values, torch.arange(num_rows)):
-        raise ValueError(
-            f"`partition` deals {len(rows)} rows, {len(rows.unique())} different ones: it must give each of the rows "
-            f"0..{num_rows - 1} to exactly one party"
-        )
-    owners = torch.empty(num_rows, dtype=torch.int64)
-    for place, shard in enumerate(dealt.values()):
-        owners[shard] = place
-    return owners
-
-
-def _keep(dealt: Mapping[Party, Tensor], ids: Tensor, num_rows: int) -> dict[Party, Tensor]:
-    """The shards without the rows that are not among `ids`. Raises ValueError where none is left."""
-    kept = torch.zeros(num_rows, dtype=torch.bool)
-    kept[ids] = True
-    shards = {taker: rows[kept[rows]] for taker, rows in dealt.items()}
-    for taker, rows in shards.items():
-        if len(rows) == 0:
-            raise ValueError(
-                f"{taker} has no training row: of {len(dealt[taker])} that `partition` deals her, all are held out; "
-                "take fewer Alices, another partition, or a smaller `data.val_fraction` or `data.test_fraction`"
-            )
-    return shards
 
 
 def _check(

@@ -49,7 +49,8 @@ def cut_up(model: nn.Module, name: str) -> nn.Sequential:
     blocks: dict[str, nn.Module] = {}
     source = next(iter(graph.nodes))
     for piece, title in zip(pieces, _titles(pieces), strict=True):
-        blocks[title] = _block(model, piece, source)
+        unique = title if title not in blocks else f"{title}_{len(blocks)}"  # of a.b and a_b
+        blocks[unique] = _block(model, piece, source)
         source = piece[-1]
     return in_order(blocks)
 
@@ -67,7 +68,9 @@ def _make(num_classes: int, name: str, weights: str | None, kwargs: Mapping[str,
     names = models.list_models(module=models)
     if name not in names:
         close = get_close_matches(str(name), names, n=5) or ["resnet18", "mobilenet_v3_small", "vit_b_16"]
-        raise ValueError(f"`model.name` (={name}) is no classification model of torchvision; near it: {', '.join(close)}")
+        raise ValueError(
+            f"`model.name` (={name}) is no classification model of torchvision; near it: {', '.join(close)}"
+        )
     model = models.get_model(name, weights=None, num_classes=num_classes, **kwargs)
     if weights is not None:
         _load(model, models.get_model_weights(name), weights, name)
@@ -79,7 +82,9 @@ def _load(model: nn.Module, offered: Any, weights: str, name: str) -> None:
         choice = ", ".join(["DEFAULT", *offered.__members__])
         raise ValueError(f"`model.weights` (={weights}) of {name} must be one of {choice}, or null for none")
     state, own = offered[weights].get_state_dict(), model.state_dict()
-    model.load_state_dict({key: v for key, v in state.items() if key in own and v.shape == own[key].shape}, strict=False)
+    model.load_state_dict(
+        {key: v for key, v in state.items() if key in own and v.shape == own[key].shape}, strict=False
+    )
 
 
 def _trace(model: nn.Module, name: str) -> fx.Graph:
@@ -91,13 +96,14 @@ def _trace(model: nn.Module, name: str) -> fx.Graph:
             f"`model.name` (={name}) cannot be traced by torch.fx ({error}): take another model, or cut it by hand "
             "and give it as model=custom"
         ) from error
-    (output,) = (node for node in graph.nodes if node.op == "output")
     one, other = (re.sub(r"_tensor_constant\d+", "constant", str(traced)) for traced in (graph, evaluated))
-    if one != other or not isinstance(output.args[0], fx.Node):
+    if one != other:
         raise ValueError(
-            f"`model.name` (={name}) does something else in training than in evaluation, or returns several tensors: "
-            "for one with auxiliary heads give +model.aux_logits=false"
+            f"`model.name` (={name}) does something else in training than in evaluation: if it has auxiliary heads, "
+            "turn them off with +model.aux_logits=false"
         )
+    if not isinstance(graph.output_node().args[0], fx.Node):
+        raise ValueError(f"`model.name` (={name}) must return one tensor: take another model")
     return graph
 
 
@@ -134,7 +140,6 @@ def _pieces(model: nn.Module, graph: fx.Graph) -> list[list[fx.Node]]:
 
     Weights that are used twice are alive from the first time to the last: they must have one owner.
     """
-    (output,) = (node for node in graph.nodes if node.op == "output")
     last: dict[Any, fx.Node] = {used: node for node in graph.nodes for used in _uses(model, node)}
     order = {node: i for i, node in enumerate(graph.nodes)}
     alive: set[Any] = set()
@@ -182,12 +187,10 @@ def _have_weights(model: nn.Module, piece: Sequence[fx.Node]) -> bool:
 
 
 def _titles(pieces: Sequence[Sequence[fx.Node]]) -> list[str]:
-    """A name for each piece, and no name twice: the last module that ends in it."""
+    """A name for each piece: the last module that ends in it, which ends in no other."""
     inside = [[_modules(node) for node in piece] for piece in pieces]
     end = {path: i for i, piece in enumerate(inside) for paths in piece for path in paths}
-    ending = [
-        [path for paths in reversed(piece) for path in paths if end[path] == i] for i, piece in enumerate(inside)
-    ]
+    ending = [[path for paths in reversed(piece) for path in paths if end[path] == i] for i, piece in enumerate(inside)]
     return [
         (paths[0] if paths else piece[-1].name).replace(".", "_") for paths, piece in zip(ending, pieces, strict=True)
     ]

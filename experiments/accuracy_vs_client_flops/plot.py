@@ -1,0 +1,117 @@
+"""Draw accuracy against its costs: `python plot.py FOLDER NAME`, of runs in FOLDER/PARTITION/SCHEDULE.
+
+Leaves results/NAME_PARTITION.png, and of all partitions results/NAME.csv and results/NAME.md.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+RESULTS = Path(__file__).parent / "results"
+# Colours that the colour-blind tell apart (Okabe and Ito 2008); of two schemes that must agree, one is dashed.
+STYLES = {
+    "centralised": ("black", ":"),
+    "sequential": ("#E69F00", "-"),
+    "splitfed_v1": ("#0072B2", "-"),
+    "fedavg": ("#56B4E9", "--"),
+    "splitfed_v2": ("#009E73", "-"),
+    "large_batch": ("#D55E00", "-"),
+}
+COSTS = {
+    "client_flops": ("client GFLOPs so far, all Alices together (logarithmic)", 1e9),
+    "round": ("rounds", 1),
+    "bytes": ("MB sent so far, by all (logarithmic)", 1e6),
+}
+ENOUGH = 0.9  # the accuracy whose price is told
+KEPT = ("epoch", "step", "client_flops", "client_flops_max", "bytes", "train/loss", "val/loss", "val/accuracy")
+Runs = dict[str, dict[str, Any]]  # results.json of each scheme
+
+
+def main(folder: str, name: str) -> None:
+    partitions = {path.name: read(path) for path in sorted(Path(folder).iterdir()) if path.is_dir()}
+    keep(partitions, name)
+    for partition, runs in partitions.items():
+        draw(runs, RESULTS / f"{name}_{partition}.png")
+    tables = "\n".join(f"{partition}:\n\n{tabulate(runs)}" for partition, runs in partitions.items())
+    (RESULTS / f"{name}.md").write_text(tables)
+    print(tables)
+
+
+def read(folder: Path) -> Runs:
+    runs = {scheme: json.loads((folder / scheme / "results.json").read_text()) for scheme in STYLES}
+    for run in runs.values():
+        run["epochs"] = [{**epoch, "round": epoch["epoch"] + 1} for epoch in run["epochs"]]
+    return runs
+
+
+def keep(partitions: dict[str, Runs], name: str) -> None:
+    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+        lines = csv.writer(file, lineterminator="\n")
+        lines.writerow(("partition", "schedule", *KEPT))
+        for partition, runs in partitions.items():
+            for scheme, run in runs.items():
+                lines.writerows([partition, scheme, *(epoch[column] for column in KEPT)] for epoch in run["epochs"])
+
+
+def draw(runs: Runs, path: Path) -> None:
+    plt.rcParams.update({"font.size": 11})
+    figure, row = plt.subplots(1, len(COSTS), figsize=(14, 4.2), sharey=True, layout="constrained")
+    for axes, (cost, (label, _)) in zip(row, COSTS.items(), strict=True):
+        for scheme, run in runs.items():
+            draw_run(axes, cost, scheme, run["epochs"])
+        axes.set(xlabel=label, xscale="linear" if cost == "round" else "log")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    row[0].set(ylabel="validation accuracy", ylim=(0, 1))
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=100)
+
+
+def draw_run(axes: Axes, cost: str, scheme: str, epochs: list[dict[str, float]]) -> None:
+    colour, line = STYLES[scheme]
+    accuracy = [epoch["val/accuracy"] for epoch in epochs]
+    if not epochs[-1][cost]:  # nothing crosses: no place on a logarithmic axis
+        axes.axhline(accuracy[-1], color=colour, linestyle=line)
+        return
+    spent = [epoch[cost] / COSTS[cost][1] for epoch in epochs]
+    axes.plot(spent, accuracy, color=colour, linestyle=line, marker="o", markersize=3, linewidth=2, label=scheme)
+
+
+def tabulate(runs: Runs) -> str:
+    """One line a scheme: the costs of a round, what `ENOUGH` had cost, and the accuracies after the last round."""
+    lines = [
+        "| scheme | steps a round | client GFLOPs a round | MB a round "
+        f"| rounds to {ENOUGH:.0%} | client GFLOPs to {ENOUGH:.0%} | MB to {ENOUGH:.0%} | validation | test |",
+        f"|{'---|' * 9}",
+    ]
+    for scheme, run in runs.items():
+        last, num = run["epochs"][-1], len(run["epochs"])
+        costs = [
+            f"{last['step'] / num:,.0f}",
+            amount(last["client_flops"] / num / 1e9),
+            amount(last["bytes"] / num / 1e6),
+        ]
+        accuracies = [f"{last['val/accuracy']:.3f}", f"{run['test']['test/accuracy']:.3f}"]
+        lines.append(f"| {' | '.join([scheme, *costs, *price(run['epochs']), *accuracies])} |")
+    return "\n".join(lines) + "\n"
+
+
+def price(epochs: list[dict[str, float]]) -> list[str]:
+    """Rounds, client GFLOPs and MB at the first validation that was good enough."""
+    enough = next((epoch for epoch in epochs if epoch["val/accuracy"] >= ENOUGH), None)
+    if enough is None:
+        return ["not reached", "", ""]
+    return [str(enough["round"]), amount(enough["client_flops"] / 1e9), amount(enough["bytes"] / 1e6)]
+
+
+def amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
