@@ -152,6 +152,7 @@ NEEDS = {
     ("layout", "extended_vanilla"): ["num_alices=2"],
     ("model", "vgg11"): ["data=cifar10", *TINY_VGG],
     ("model", "vgg16"): ["data=cifar10", *TINY_VGG],
+    ("model", "torchvision"): ["data=cifar10", *TINY_BATCHES],
     ("model", "resnet18"): TINY_BATCHES,
     ("model", "resnet50"): TINY_BATCHES,
 }

@@ -15,8 +15,8 @@ class WeightedMean:
     """The mean of tensors by name, each sender's with a weight: one running sum, however many senders.
 
     Sums are float64, which holds the product of a float32 and a number of samples exactly, so that in float32 nothing
-    is left of the order of arrival unless what arrives all but cancels out. Counters (whole numbers, and an optimizer's step count) are not averaged: the
-    largest stays.
+    is left of the order of arrival unless what arrives all but cancels out. Counters (whole numbers, and an optimizer's
+    step count) are not averaged: the largest stays.
     """
 
     def __init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -55,8 +56,10 @@ class Meter:
 
     def by_party(self, merge: bool = False) -> dict[Party, Cost]:
         """Every party that has computed, and what, with all Alices as `alice*` to `merge`. Evaluation is not in it."""
-        layout, costs = self.network.layout, dict[Party, list[Cost]]()
+        layout, costs, passes = self.network.layout, dict[Party, list[Cost]](), Counter[tuple[Party, int]]()
         for (taker, num_rows), num_passes in self.ledger.passes.items():
+            passes[merged(taker) if merge else taker, num_rows] += num_passes
+        for (taker, num_rows), num_passes in passes.items():
             of_pass, cast = self.of_pass(num_rows), layout.cast(taker)
             for stage in layout.stages:
                 forward, backward = of_pass[stage.name]

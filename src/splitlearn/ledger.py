@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 from splitlearn.layout import Party
 
@@ -47,10 +48,12 @@ class Ledger:
         }
 
 
+@cache
 def is_alice(party: Party) -> bool:
     return party.startswith("alice") and party[5:].isdecimal()
 
 
+@cache
 def merged(party: Party) -> Party:
     """All Alices are `alice*`."""
     return "alice*" if is_alice(party) else party
