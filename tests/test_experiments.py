@@ -154,7 +154,7 @@ NEEDS = {
     ("model", "vgg16"): ["data=cifar10", *TINY_VGG],
     ("model", "torchvision"): ["data=cifar10", *TINY_BATCHES],
     ("model", "resnet18"): TINY_BATCHES,
-    ("model", "resnet50"): TINY_BATCHES,
+    ("model", "resnet50"): [*TINY_BATCHES, "optimizer.lr=0.001"],
 }
 
 

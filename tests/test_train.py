@@ -79,14 +79,14 @@ MISFITS = {
     "data.mean=[0.5]": ["`mean` (=[0.5]) and `std` (=None) must be given together"],
     "+data.batchsize=3": ["SplitData", "unexpected keyword argument 'batchsize'", "`--cfg job` shows the options"],
     "data=image_folder data.root=nowhere": ["`data.root`", "nowhere) is not a folder", "class folders"],
-    "data=dataset": ["data.source.train._target_", "`--cfg job` shows the options"],
+    "data=dataset": ["`data.source.train._target_` must be given: data.source.train._target_=..."],
     # model and loss
     "model=vgg11": ["block `conv6` does not fit its input of shape 512x1x1", "change the model or the data"],
     f"model=custom model._target_={__name__}.unflattened": ["block `first` does not fit its input of shape 1x8x8"],
     f"model=custom model._target_={__name__}.linear": ["`model` (=Linear) must be an nn.Sequential", "OrderedDict"],
     f"model=custom model._target_={__name__}.without_classes": ["unexpected keyword argument 'num_classes'", "model"],
     f"model=custom model._target_={__name__}.ten_whatever_the_data": ["shape [11] per sample", "10 classes"],
-    "model=custom": ["model._target_", "`--cfg job` shows the options"],
+    "model=custom": ["`model._target_` must be given: model._target_=..."],
     "model._target_=nowhere.net": ["No module named 'nowhere'"],
     "model.hidden_sizes=[0]": ["`hidden_sizes` (=[0]) must all be at least 1"],
     "model.dropout=1": ["`dropout` (=1) must be in [0, 1)"],
@@ -150,6 +150,8 @@ def test_pictures_that_do_not_do_are_told_by_name(configure, picture_root, tmp_p
     with refuses(InputError, tmp_path, "two class folders or more", "['cat']"):
         train(configure("data=image_folder", f"data.root={tmp_path}", "data.image_size=8"))
     (tmp_path / "dog").mkdir()
+    for i in range(4):
+        (tmp_path / "dog" / f"{i}.png").write_bytes((picture_root / "cat" / "0.png").read_bytes())
     (tmp_path / "dog" / "broken.png").write_bytes(b"no picture")
     with refuses(InputError, tmp_path / "dog" / "broken.png", "replace or remove it"):
         train(configure("data=image_folder", f"data.root={tmp_path}", "data.image_size=8"))
@@ -199,6 +201,8 @@ def test_ckpt_goes_on_as_if_never_interrupted(checkpoint, configure, tmp_path):
     train(configure(*two, f"ckpt={checkpoint}"))
     resumed = results(tmp_path / "run")
     assert [epoch["epoch"] for epoch in resumed["epochs"]] == [0, 1]
+    for epoch in (*resumed["epochs"], *uninterrupted["epochs"]):
+        assert epoch.pop("seconds") > 0
     for part in ("epochs", "test", "bytes"):
         assert resumed[part] == uninterrupted[part]
 

@@ -27,7 +27,7 @@ from splitlearn.cuts import Cut, Terms, compare, measure
 from splitlearn.errors import InputError
 from splitlearn.layout import whole
 from splitlearn.network import SplitNetwork, check_blocks
-from splitlearn.train import CONF, _as_input_error, _one_line, _quieten, build, make
+from splitlearn.train import CONF, as_input_error, build, make, one_line, quieten
 from splitlearn.wire import Wire
 
 # Shape of a sample, number of classes and of training rows, by the name of the source: of data that may not be there.
@@ -66,7 +66,7 @@ class Facts(NamedTuple):
 
 def advise(cfg: DictConfig) -> list[Cut]:
     """Compare the cuts, print them, leave `advice.csv` and `advice.png`. Raises InputError for what does not fit."""
-    with _as_input_error():
+    with as_input_error():
         OmegaConf.resolve(cfg)
         facts = _find(cfg.copy())
         terms = _terms(cfg, facts.shards)
@@ -93,11 +93,11 @@ def advise(cfg: DictConfig) -> list[Cut]:
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="train")
 def main(cfg: DictConfig) -> None:
-    _quieten()
+    quieten()
     try:
         advise(cfg)
     except InputError as error:
-        sys.exit(f"splitlearn: {_one_line(error)}")
+        sys.exit(f"splitlearn: {one_line(error)}")
 
 
 def _terms(cfg: DictConfig, shards: Sequence[int]) -> Terms:

@@ -7,6 +7,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -70,12 +71,16 @@ class Results(Callback):
         self.epochs: list[dict[str, float]] = []
         self.validated: dict[str, float] = {}
         self.test: dict[str, float] = {}
+        self.others: list[Callback] = []
         self.earlier = 0.0
         self.started = time.perf_counter()
 
     @property
     def seconds(self) -> float:
         return self.earlier + time.perf_counter() - self.started
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.others = trainer.callbacks  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.started = time.perf_counter()
@@ -98,7 +103,7 @@ class Results(Callback):
             "client_flops_max": max(flops, default=0),
             "seconds": round(self.seconds, 3),
             "step": trainer.global_step,
-            **_told(trainer, "epoch_costs"),
+            **_told(self.others, "epoch_costs"),
         }
         epoch = {"epoch": trainer.current_epoch, "train/loss": learner.mean_loss, **self.validated, **cost}
         self.epochs = [*self.epochs[: trainer.current_epoch], epoch]
@@ -121,7 +126,7 @@ class Results(Callback):
             "flops": {party: cost._asdict() for party, cost in flops.items()},
             "macs": {party: cost.macs for party, cost in flops.items()},
             "seconds": round(self.seconds, 3),
-            **_told(learner.trainer, "run_costs"),
+            **_told(self.others, "run_costs"),
             **more,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,9 +191,9 @@ def _measured(trainer: pl.Trainer, prefix: str) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
 
 
-def _told(trainer: pl.Trainer, what: str) -> dict[str, Any]:
+def _told(others: Sequence[Callback], what: str) -> dict[str, Any]:
     """What other callbacks, such as `splitlearn.prediction`, have for results.json."""
-    told = (getattr(callback, what)() for callback in trainer.callbacks if hasattr(callback, what))  # type: ignore[attr-defined]
+    told = (getattr(callback, what)() for callback in others if hasattr(callback, what))
     return {name: value for each in told for name, value in each.items()}
 
 

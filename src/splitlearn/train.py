@@ -75,7 +75,7 @@ def train(cfg: DictConfig) -> float | None:
 
     Raises InputError, before training starts, for what does not fit.
     """
-    with _as_input_error():
+    with as_input_error():
         run = build(cfg)
     metrics = run.engine.run(run.trainer, run.learner, run.data, cfg.ckpt)
     _log_hyperparameters(cfg, run.trainer, metrics)
@@ -114,13 +114,13 @@ def build(cfg: DictConfig) -> Run:
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    _quieten()
+    quieten()
     try:
         return train(cfg)
     except (InputError, DivergedError, MisconfigurationException) as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # Hydra goes on with the sweep, and fails at its end
             raise
-        sys.exit(f"splitlearn: {_one_line(error)}")
+        sys.exit(f"splitlearn: {one_line(error)}")
     finally:
         gc.collect()  # trainer, learner and data refer to each other: a sweep would keep every job's data set
 
@@ -147,7 +147,7 @@ def _without(cfg: DictConfig, keys: Sequence[str]) -> DictConfig:
 
 
 @contextmanager
-def _as_input_error() -> Iterator[None]:
+def as_input_error() -> Iterator[None]:
     """While objects are made, an error is about what was asked for.
 
     A ValueError names its cure. A call that does not fit is told with the key where it stands.
@@ -157,11 +157,11 @@ def _as_input_error() -> Iterator[None]:
     except MAKING as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         if isinstance(cause, (ValueError, FileNotFoundError, ImportError)):
-            raise InputError(_one_line(cause)) from error
-        raise InputError(f"{_one_line(error)}: `--cfg job` shows the options and their values") from error
+            raise InputError(one_line(cause)) from error
+        raise InputError(f"{one_line(error)}: `--cfg job` shows the options and their values") from error
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
@@ -224,7 +224,7 @@ def _print_table(run: Run, metrics: dict[str, float]) -> None:
     Console().print(table)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Silence what Lightning and torch say about choices that are made here on purpose."""
     chatter = ("Tip:", "GPU available: False", "TPU available: False", "`weights_only` was not set")
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
