@@ -128,7 +128,8 @@ def test_the_alice_in_whose_turn_it_happened_is_named(tmp_path):
 def test_a_checkpoint_holds_plain_values_only(tmp_path):
     fit(tmp_path, make_data(val_rows=6, num_alices=5), [ModelCheckpoint(tmp_path, "end")], state="keep", make=SGD)
     checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
-    assert set(checkpoint["splitlearn"]["rounds"]["sharings"]["alice"]["kept"]) == {"alice0", "alice1", "alice2", "alice3"}
+    kept = checkpoint["splitlearn"]["rounds"]["sharings"]["alice"]["kept"]
+    assert set(kept) == {"alice0", "alice1", "alice2", "alice3"}
     assert checkpoint["splitlearn"]["kind"]["layout"] == TWO_PARTY.describe()
 
 
