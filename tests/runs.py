@@ -237,7 +237,7 @@ def _anonymous(value, folder: Path):
         kept = {key: item for key, item in value.items() if key not in ("seconds", "time_elapsed")}
         return {_anonymous(key, folder): _anonymous(item, folder) for key, item in kept.items()}
     if isinstance(value, list | tuple):
-        return [_anonymous(item, folder) for item in value]
+        return type(value)(_anonymous(item, folder) for item in value)
     return value.replace(str(folder), "") if isinstance(value, str) else value
 
 

@@ -302,3 +302,20 @@ def test_only_training_is_counted():
     assert learner.evaluation_ledger.num_bytes != {}
     assert learner.ledger.passes == {("alice0", 4): 2 * 3, ("alice0", 2): 2}
     assert learner.evaluation_ledger.passes == {}
+
+
+class Keeps(nn.Linear):
+    """Keeps its last output, which hangs on a graph."""
+
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last
+
+
+@pytest.mark.parametrize("block", [Keeps(3, 4), nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))])
+def test_a_block_that_keeps_what_it_computed_is_measured(block):
+    heard = []
+    block.register_forward_hook(lambda module, inputs, output: heard.append(output.device.type))
+    block(torch.ones(2, 3))
+    assert cost_of(block, [torch.ones(2, 3)], wants_input_gradient=False) == (2 * 2 * 3 * 4, 2 * 2 * 3 * 4)
+    assert heard == ["cpu"]

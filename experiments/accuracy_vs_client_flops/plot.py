@@ -1,5 +1,6 @@
-"""Draw accuracy against its costs: `python plot.py FOLDER NAME`, of runs in FOLDER/PARTITION/SCHEDULE.
+"""Draw accuracy against its costs: `python plot.py FOLDER NAME`, of runs in FOLDER/PARTITION/SCHEDULE/LR.
 
+Of the learning rates that a scheme has tried, the one counts whose last validation was best.
 Leaves results/NAME_PARTITION.png, and of all partitions results/NAME.csv and results/NAME.md.
 """
 
@@ -43,19 +44,24 @@ def main(folder: str, name: str) -> None:
 
 
 def read(folder: Path) -> Runs:
-    runs = {scheme: json.loads((folder / scheme / "results.json").read_text()) for scheme in STYLES}
-    for run in runs.values():
-        run["epochs"] = [{**epoch, "round": epoch["epoch"] + 1} for epoch in run["epochs"]]
-    return runs
+    return {scheme: best(folder / scheme) for scheme in STYLES}
+
+
+def best(folder: Path) -> dict[str, Any]:
+    """Of the runs that came to their end."""
+    runs = [{"lr": path.parent.name, **json.loads(path.read_text())} for path in folder.glob("*/results.json")]
+    run = max((run for run in runs if run["test"]), key=lambda run: run["epochs"][-1]["val/accuracy"])
+    return {**run, "epochs": [{**epoch, "round": epoch["epoch"] + 1} for epoch in run["epochs"]]}
 
 
 def keep(partitions: dict[str, Runs], name: str) -> None:
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         lines = csv.writer(file, lineterminator="\n")
-        lines.writerow(("partition", "schedule", *KEPT))
+        lines.writerow(("partition", "schedule", "lr", *KEPT))
         for partition, runs in partitions.items():
             for scheme, run in runs.items():
-                lines.writerows([partition, scheme, *(epoch[column] for column in KEPT)] for epoch in run["epochs"])
+                names = (partition, scheme, run["lr"])
+                lines.writerows([*names, *(epoch[column] for column in KEPT)] for epoch in run["epochs"])
 
 
 def draw(runs: Runs, path: Path) -> None:
@@ -85,9 +91,9 @@ def draw_run(axes: Axes, cost: str, scheme: str, epochs: list[dict[str, float]])
 def tabulate(runs: Runs) -> str:
     """One line a scheme: the costs of a round, what `ENOUGH` had cost, and the accuracies after the last round."""
     lines = [
-        "| scheme | steps a round | client GFLOPs a round | MB a round "
+        "| scheme | learning rate | steps a round | client GFLOPs a round | MB a round "
         f"| rounds to {ENOUGH:.0%} | client GFLOPs to {ENOUGH:.0%} | MB to {ENOUGH:.0%} | validation | test |",
-        f"|{'---|' * 9}",
+        f"|{'---|' * 10}",
     ]
     for scheme, run in runs.items():
         last, num = run["epochs"][-1], len(run["epochs"])
@@ -97,7 +103,7 @@ def tabulate(runs: Runs) -> str:
             amount(last["bytes"] / num / 1e6),
         ]
         accuracies = [f"{last['val/accuracy']:.3f}", f"{run['test']['test/accuracy']:.3f}"]
-        lines.append(f"| {' | '.join([scheme, *costs, *price(run['epochs']), *accuracies])} |")
+        lines.append(f"| {' | '.join([scheme, run['lr'], *costs, *price(run['epochs']), *accuracies])} |")
     return "\n".join(lines) + "\n"
 
 

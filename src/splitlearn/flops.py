@@ -36,9 +36,10 @@ def cost_of(segment: nn.Module, inputs: Sequence[Tensor], wants_input_gradient: 
     """What one training pass of `segment(*inputs)` costs, backward with or without a gradient for the inputs.
 
     Of the inputs only the shapes count, and whether they are floating, on any device: a copy of the segment runs on
-    meta tensors. Counted are matrix products, convolutions and attention, as torch's FlopCounterMode counts them
+    meta tensors. Counted are products of matrices, convolutions and attention, as torch's FlopCounterMode counts them
     (padding included), and in the way back only what autograd computes: a frozen segment that nothing in front of needs
-    a gradient from costs nothing. Elementwise operations, normalisation, pooling, biases and the loss count nothing.
+    a gradient from costs nothing. Products of a matrix and a vector, elementwise operations, normalisation, pooling,
+    biases and the loss count nothing.
     """
     return _measure(segment, inputs, wants_input_gradient)[0]
 
@@ -120,10 +121,16 @@ def _run(segment: nn.Module, inputs: Sequence[Tensor], wants: bool, device: str)
 
 
 def _twin(segment: nn.Module, device: str) -> nn.Module:
-    """A copy in training mode that holds zeros, made without a copy of the weights."""
+    """A copy in training mode that holds zeros, made without a copy of the weights, and that no forward hook hears."""
     instead: dict[int, Tensor] = {id(t): _zeros(t, device) for t in segment.buffers()}
     instead |= {id(p): nn.Parameter(_zeros(p, device), p.requires_grad) for p in segment.parameters()}
-    return copy.deepcopy(segment, instead).train()
+    for module in segment.modules():  # a block may have kept an activation, which cannot be copied
+        kept = [value for value in vars(module).values() if isinstance(value, Tensor)]
+        instead |= {id(value): _zeros(value, device) for value in kept if id(value) not in instead}
+    twin = copy.deepcopy(segment, instead).train()
+    for module in twin.modules():
+        module._forward_hooks.clear()
+    return twin
 
 
 def _zeros(like: Tensor, device: str) -> Tensor:

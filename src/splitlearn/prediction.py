@@ -37,10 +37,15 @@ class Prediction(Callback):
         self.seconds = self.ended = 0.0  # so far, and of the rounds that have ended
 
     def setup(self, trainer: pl.Trainer, learner: SplitLearner, stage: str) -> None:  # type: ignore[override]
-        if self.link is not None and learner.ledger.diary is None:
+        if self.link is not None:
             self.learner, self.timeline = learner, _timeline(self.link, learner)
             learner.ledger.diary = self.diary.write
-            learner.network.register_forward_pre_hook(self._begin)
+            self.hook = learner.network.register_forward_pre_hook(self._begin)
+
+    def teardown(self, trainer: pl.Trainer, learner: SplitLearner, stage: str) -> None:  # type: ignore[override]
+        if self.link is not None:
+            learner.ledger.diary = None
+            self.hook.remove()
 
     def on_train_batch_start(self, trainer: pl.Trainer, learner: Any, batch: Stretch[Turns], batch_idx: int) -> None:
         self.stretch = batch
@@ -79,7 +84,7 @@ class Prediction(Callback):
         batch, cast = inputs
         if network.training:
             turns = self.stretch.at_hand
-            last = batch is list(turns.batches.values())[-1]
+            last = batch is next(reversed(turns.batches.values()))
             ends_round = turns.ends_round or self.learner.pace.left == 0
             self.diary.begin(cast.get("alice", "alices"), last and ends_round)
 

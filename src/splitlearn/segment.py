@@ -52,7 +52,7 @@ class Segment(nn.Sequential):
                     drawing.add(name)
                 if not _trains_on(copy.deepcopy(block), x[:1]):
                     averse.add(name)
-            except (RuntimeError, ValueError, TypeError) as error:
+            except (RuntimeError, ValueError, TypeError, AssertionError) as error:
                 raise ValueError(_misfit(name, x, error)) from error
             if not isinstance(out, Tensor):
                 raise ValueError(f"block `{name}` returns a {type(out).__name__}: every block must return one tensor")
