@@ -44,11 +44,14 @@ def test_every_number_of_a_tiny_model_by_hand():
     ("terms", "num_messages", "num_bytes"),
     [
         ({}, 8, 7 * 8 * 2),
-        ({"labels": True}, 12, 7 * 8 * 2 + 7 * 8),
+        ({"labels": True}, 8, 7 * 8 * 2 + 7 * 8),  # with what is sent up
         ({"transfers": 2}, 12, 7 * 8 * 2 + 4 * 32),
         ({"transfers": 1, "turn": 1}, 12, 7 * 8 * 2 + 4 * 32),
         ({"transfers": 1, "turn": 2}, 11, 7 * 8 * 2 + 3 * 32),
         ({"transfers": 2, "turn": "step"}, 16, 7 * 8 * 2 + 8 * 32),
+        ({"transfers": 1, "local_epochs": 3}, 26, 3 * 7 * 8 * 2 + 2 * 32),
+        ({"transfers": 1, "local_epochs": 3, "turn": 2}, 24 + 7, 3 * 7 * 8 * 2 + 7 * 32),
+        ({"transfers": 2, "share": 0.5}, 6, 7 * 8 + 2 * 32),
     ],
 )
 def test_an_epochs_messages_by_hand(terms, num_messages, num_bytes):
@@ -101,6 +104,23 @@ def test_behind_a_block_without_weights_nobody_wants_a_gradient_of_the_data():
 def test_behind_a_block_without_weights_a_gradient_is_still_wanted_further_down():
     model = nn.Sequential(OrderedDict(first=nn.Linear(3, 2), relu=nn.ReLU(), head=nn.Linear(2, 2)))
     assert [block.flops for block in measure(model, ROWS)] == [12 + 12, 0, 8 + 8 + 8]
+
+
+def test_behind_what_is_frozen_no_gradient_comes_back():
+    model = tiny().requires_grad_(False)
+    model.head.requires_grad_(True)
+    terms = Terms([5, 2], batch_size=2, labels=True, seconds=lambda size: 1000 + size)
+    cuts = compare(measure(model, ROWS), terms)
+    assert [cut.epoch_bytes for cut in cuts] == [7 * (8 + 8), 7 * (16 + 8)]
+    assert [cut.epoch_seconds for cut in cuts] == [4 * 1000 + cut.epoch_bytes for cut in cuts]
+    assert cuts[0].break_even_peer == 7 * (8 + 8) // (2 * 104 - 32) + 1
+
+
+def test_more_local_epochs_delay_the_break_even_and_who_stays_away_does_not():
+    measured = measure(tiny(), ROWS)
+    terms = ({}, {"local_epochs": 2}, {"share": 0.5})
+    found = [compare(measured, Terms([10_000], batch_size=2, **t))[0].break_even_peer for t in terms]
+    assert found == [910, 320_000 // 176 + 1, 910]
 
 
 def test_buffers_travel_with_the_weights_and_stay_as_they_were():

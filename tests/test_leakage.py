@@ -73,6 +73,14 @@ def test_rows_that_are_all_alike_tell_nothing():
     assert distance_correlation(drawn(0, 5, 2), torch.ones(5, 3)) == 0
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_of_what_is_not_finite_nothing_is_said(value):
+    y = drawn(1, 5, 2)
+    y[0, 0] = value
+    assert math.isnan(distance_correlation(drawn(0, 5, 2), y))
+    assert math.isnan(distance_correlation(y, torch.ones(5, 2)))
+
+
 @pytest.mark.parametrize("rows", [(3, 3), (4, 5)])
 def test_too_few_or_unequal_rows_are_refused(rows):
     with pytest.raises(ValueError, match=f"={rows[0]} and {rows[1]} rows.* the same number of rows, at least 4"):

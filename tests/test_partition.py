@@ -198,15 +198,15 @@ def test_rows_go_where_the_file_says(tmp_path):
     [
         ("", "FILE, line 1: the header must be id,party, not "),
         ("party,id\nalice0,0\n", "FILE, line 1: the header must be id,party, not party,id"),
-        ("id,party\n0,alice0\n3,alice1\n", "FILE, line 3, id 3: not among the training rows 0 to 2; remove the line"),
-        ("id,party\n-1,alice0\n", "FILE, line 2, id -1: not among the training rows 0 to 2"),
-        ("id,party\none,alice0\n", "FILE, line 2, id one: not among the training rows 0 to 2"),
+        ("id,party\n0,alice0\n3,alice1\n", "FILE, line 3, id 3: not among the source's rows 0 to 2; remove the line"),
+        ("id,party\n-1,alice0\n", "FILE, line 2, id -1: not among the source's rows 0 to 2"),
+        ("id,party\none,alice0\n", "FILE, line 2, id one: not among the source's rows 0 to 2"),
         ("id,party\n0,alice0\n\n0,alice1\n", "FILE, line 4, id 0: line 2 deals it already, each row once"),
         ("id,party\n0,alice2\n", "FILE, line 2, id 0: `alice2` is not among alice0 to alice1; see `num_alices`"),
         ("id,party\n0,bob\n", "FILE, line 2, id 0: `bob` is not among alice0 to alice1"),
         ("id,party\n0,alice0\n1\n", "FILE, line 3, id 1: 1 fields, not an id and a party; mend or remove the line"),
         ("id,party\n0,alice0,x\n", "FILE, line 2, id 0: 3 fields, not an id and a party"),
-        ("id,party\n0,alice0\n", "FILE has no line for 2 training rows, id 1, 2: give each row an owner"),
+        ("id,party\n0,alice0\n", "FILE has no line for 2 rows of the source, id 1, 2: give each row an owner"),
         ("id,party\n0,alice1\n1,alice1\n2,alice1\n", "FILE gives alice0 no row: give her one, or lower `num_alices`"),
         (f"id,party\n0,{'a' * 200_000}\n", "FILE, line 2: field larger than field limit (131072); mend or remove"),
     ],
@@ -223,7 +223,7 @@ def test_many_missing_rows_are_named_in_short_and_a_missing_file_too(tmp_path):
     with refuses(f"`partition.path` (={path}) is not a file: name a CSV with the header id,party", FileNotFoundError):
         by_file(torch.zeros(3), 2, 0, path)
     path.write_text("id,party\n")
-    with refuses(f"{path} has no line for 9 training rows, id 0, 1, 2, 3, 4, ...: give"):
+    with refuses(f"{path} has no line for 9 rows of the source, id 0, 1, 2, 3, 4, ...: give"):
         by_file(torch.zeros(9), 2, 0, path)
 
 

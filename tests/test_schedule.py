@@ -185,7 +185,7 @@ def test_by_default_alices_hand_on_and_bob_is_one():
         (
             {"turn": "step"},
             "`schedule.turn` (=step) has all Alices train at once, and `schedule.alice` "
-            "(=Handoff(optimizer_state='carry', handoff='peer')) hands on: take turn=1, or MeanGradient",
+            "(=Handoff(optimizer_state='carry', handoff='peer')) hands on: take schedule.turn=1, or schedule=parallel",
         ),
     ],
     ids=str,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -22,13 +22,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from splitlearn.cuts import Cut, Terms, compare, measure
+from splitlearn.data import Source
 from splitlearn.errors import InputError
 from splitlearn.layout import whole
-from splitlearn.network import SplitNetwork, check_blocks
+from splitlearn.schedule import Schedule
 from splitlearn.train import CONF, as_input_error, build, make, one_line, quieten
-from splitlearn.wire import Wire
 
 # Shape of a sample, number of classes and of training rows, by the name of the source: of data that may not be there.
 KNOWN = {
@@ -53,6 +54,9 @@ TITLES = {
 SHARES = {"parameters": "parameter_share", "flops": "flop_share"}
 WHOLE = {"_target_": "splitlearn.layout.whole"}
 SEQUENTIAL = {"_target_": "splitlearn.schedule.Schedule"}
+IID = {"_target_": "splitlearn.partition.iid", "_partial_": True}
+FULL = ("None", "32", "32-true")  # precisions in which every number has 4 bytes
+OWN_COLUMNS = ("vertical", "extended_vanilla")  # layouts in which all Alices take one turn
 
 
 class Facts(NamedTuple):
@@ -68,8 +72,11 @@ def advise(cfg: DictConfig) -> list[Cut]:
     """Compare the cuts, print them, leave `advice.csv` and `advice.png`. Raises InputError for what does not fit."""
     with as_input_error():
         OmegaConf.resolve(cfg)
+        for key, value in cfg.schedule.get("sets", {}).items():
+            cfg[key] = value  # as the scheme brings it to a run
+        schedule = _schedule(cfg)
         facts = _find(cfg.copy())
-        terms = _terms(cfg, facts.shards)
+        terms = _terms(cfg, schedule, facts.shards)
         cuts = compare(measure(facts.blocks, facts.x, facts.is_real), terms)
     kind = _name(cfg.layout)
     folder = Path(cfg.output_dir)
@@ -78,9 +85,13 @@ def advise(cfg: DictConfig) -> list[Cut]:
     drawn = _draw(cuts, folder / "advice.png")
     console = Console()
     console.print(_table(cuts, f"{_name(cfg.data.source)}: {sum(facts.shards):,} rows, {_alices(len(facts.shards))}"))
+    has_link, precision = terms.seconds is not None, cfg.trainer.precision
+    carries = terms.transfers > 0 and getattr(schedule.alice, "optimizer_state", "") == "carry" and _has_state(cfg)
     notes = {
         "K: from so many Alices on, FedAvg sends more than handing weights on, peer to peer or by the server": True,
-        "s: of transfer, one message after the other": terms.seconds is not None,
+        "s: of transfer, one message after the other; in a run's link/seconds Alices side by side overlap": has_link,
+        f"bytes: in 32 bit; what `trainer.precision` (={precision}) changes is left out": str(precision) not in FULL,
+        "bytes/epoch: without the optimizer's state, which `schedule.alice.optimizer_state` (=carry) sends": carries,
         f"No data in {cfg.data.get('root')}, so by their shape alone: rows dealt evenly, no leakage": not facts.is_real,
         f"Each line is one cut between two parties, whatever `layout` (={kind}) says": kind != "two_party",
         "No advice.png: matplotlib is not installed": not drawn,
@@ -100,53 +111,72 @@ def main(cfg: DictConfig) -> None:
         sys.exit(f"splitlearn: {one_line(error)}")
 
 
-def _terms(cfg: DictConfig, shards: Sequence[int]) -> Terms:
-    sharing = cfg.schedule.get("alice", {})
-    transfers = TRANSFERS.get(_name(sharing), 0) * (2 if sharing.get("handoff") == "server" else 1)
-    if _name(sharing) == "Handoff" and cfg.num_alices == 1:
+def _schedule(cfg: DictConfig) -> Schedule:
+    """The schedule of the run itself, which checks what it is given."""
+    takers = whole([]).takers(cfg.num_alices)
+    own = OmegaConf.masked_copy(cfg.schedule, [str(key) for key in cfg.schedule if key != "sets"])
+    return make(own, takers[:1] if _name(cfg.layout) in OWN_COLUMNS else takers, seed=cfg.seed)
+
+
+def _terms(cfg: DictConfig, schedule: Schedule, shards: Sequence[int]) -> Terms:
+    kind = type(schedule.alice).__name__
+    transfers = TRANSFERS.get(kind, 0) * (2 if getattr(schedule.alice, "handoff", "peer") == "server" else 1)
+    if kind == "Handoff" and cfg.num_alices == 1:
         transfers = 0  # there is nobody to hand on to
     link = make(cfg.link) if "link" in cfg else None
-    labels = _name(cfg.layout) in ("two_party", "multi_hop") and cfg.layout.labels == "alice"
     seconds = link.seconds if link is not None else None
-    return Terms(shards, cfg.data.batch_size, cfg.schedule.get("turn", "epoch"), transfers, labels, seconds)
+    labels = _name(cfg.layout) in ("two_party", "multi_hop") and cfg.layout.labels == "alice"
+    share = schedule.num_participants / len(schedule.takers)
+    size, turn = cfg.data.batch_size, schedule.turn
+    return Terms(shards, size, turn, transfers, labels, seconds, schedule.local_epochs, share)
+
+
+def _has_state(cfg: DictConfig) -> bool:
+    """Whether Alice's optimizer keeps more than her weights."""
+    own = cfg.optimizers.get("alice", {})
+    optimizer = own if "_target_" in own else {**cfg.optimizer, **own}
+    return _name(optimizer) != "SGD" or bool(optimizer.get("momentum", 0))
 
 
 def _find(cfg: DictConfig) -> Facts:
-    """Build the run uncut, which suits every model and cuts nothing twice; or what its data's known shape allows."""
+    """Build the run uncut, which suits every model and cuts nothing twice; or with what its data's known shape says."""
+    if _name(cfg.layout) in OWN_COLUMNS and _name(cfg.partition) == "all_rows":
+        cfg.partition = IID  # uncut, nobody owns columns
     cfg.layout, cfg.schedule, cfg.logger, cfg.callbacks = WHOLE, SEQUENTIAL, {}, {}
+    cfg.optimizers = {}  # of roles that the uncut run may not have
     cfg.data.columns = None
     if "download" in cfg.data.source:
         cfg.data.source.download = False
+    is_real = True
     try:
         run = build(cfg)
     except InstantiationException as error:
         if not isinstance(error.__cause__, FileNotFoundError) or _name(cfg.data.source) not in KNOWN:
             raise
-        return _from_shape(cfg, *KNOWN[_name(cfg.data.source)])
+        is_real = False
+        known = dict(zip(("shape", "num_classes", "num_rows"), KNOWN[_name(cfg.data.source)], strict=True))
+        cfg.data.source = {"_target_": "splitlearn.advise.unseen", **known}
+        cfg.data.in_memory, cfg.data.num_workers, cfg.data.standardise, cfg.partition = False, 0, False, IID
+        run = build(cfg)
     ids = torch.cat(list(run.data.shards.values()))
-    ids = ids[torch.linspace(0, len(ids) - 1, min(NUM_ROWS, len(ids))).long()]
+    ids = ids[torch.linspace(0, len(ids) - 1, min(NUM_ROWS if is_real else 2, len(ids))).long()]
     x = next(iter(run.data.rows.stream([ids], torch.device("cpu"))))["x"]
-    return Facts(_blocks(run.learner.network), x, True, [len(ids) for ids in run.data.shards.values()])
+    ((_, blocks),) = run.learner.network.program
+    return Facts(blocks, x, is_real, [len(ids) for ids in run.data.shards.values()])
 
 
-def _from_shape(cfg: DictConfig, shape: Sequence[int], num_classes: int, num_rows: int) -> Facts:
-    model = make(cfg.model, num_classes=num_classes)
-    sample = {"x": torch.zeros(2, *shape), "y": torch.zeros(2, dtype=torch.int64)}
-    network = SplitNetwork(model, whole(list(check_blocks(model))), Wire(), sample, cfg.seed)
-    shards = torch.arange(num_rows - round(num_rows * cfg.data.val_fraction)).tensor_split(cfg.num_alices)
-    return Facts(_blocks(network), sample["x"], False, [len(shard) for shard in shards])
-
-
-def _blocks(network: SplitNetwork) -> nn.Sequential:
-    ((_, segment),) = network.program
-    return segment
+def unseen(shape: Sequence[int], num_classes: int, num_rows: int) -> Source:
+    """Data of which no more is known than this: black pictures, which take no memory."""
+    x = torch.zeros(1, *shape, dtype=torch.uint8).expand(num_rows, *shape)
+    rows = TensorDataset(x, torch.zeros(num_rows, dtype=torch.int64))
+    return Source(rows, rows, num_classes)
 
 
 def _alices(number: int) -> str:
     return "one Alice" if number == 1 else f"{number:,} Alices"
 
 
-def _name(cfg: DictConfig) -> str:
+def _name(cfg: Mapping) -> str:
     """The class or function that a configuration makes, without its module."""
     return str(cfg.get("_target_")).rpartition(".")[2]
 
@@ -158,7 +188,8 @@ def _table(cuts: Sequence[Cut], title: str) -> Table:
     fields = [field for field in TITLES if getattr(cuts[0], field) is not None]
     for field in fields:
         table.add_column(TITLES[field].replace("\n", " \n") + " ", justify="right", no_wrap=True)
-    least = {field: min(getattr(cut, field) for cut in cuts) for field in fields}
+    columns = {field: [getattr(cut, field) for cut in cuts] for field in fields}
+    least = {field: min((v for v in values if not math.isnan(v)), default=0.0) for field, values in columns.items()}
     for cut in cuts:
         table.add_row(cut.name, *(_shown(cut, field, least[field]) for field in fields))
     return table
@@ -175,6 +206,8 @@ def _shown(cut: Cut, field: str, least: float) -> str:
 
 def _short(number: float) -> str:
     """Three digits and a power of a thousand."""
+    if math.isnan(number):
+        return "-"
     if number == math.inf:
         return "never"
     power = next((i for i in (4, 3, 2, 1) if number >= 999.5 * 1000 ** (i - 1)), 0)

@@ -20,7 +20,8 @@ class Terms(NamedTuple):
     """How a run is arranged, as far as it costs.
 
     `shards` has the number of training rows of each Alice, `turn` is that of the schedule, `transfers` how often the
-    bottom's weights cross for a turn; `labels`: whether they cross; `seconds` tells how long so many bytes take.
+    bottom's weights cross for a turn; `labels`: whether they cross; `local_epochs` are the passes of an Alice over her
+    rows in an epoch, `share` is that of the Alices who take part in it; `seconds` tells how long so many bytes take.
     """
 
     shards: Sequence[int]
@@ -29,21 +30,34 @@ class Terms(NamedTuple):
     transfers: int = 0
     labels: bool = False
     seconds: Callable[[int], float] | None = None
+    local_epochs: int = 1
+    share: float = 1.0
 
-    def messages(self, sample_bytes: int, bottom_bytes: int) -> Iterator[tuple[int, int]]:
-        """(how many, of so many bytes each), in an epoch: one pass of each Alice over her rows."""
+    def each_way(self, sample_bytes: int, returns: bool) -> tuple[int, int]:
+        """Bytes of a sample that go up, and that come back where its gradient `returns`."""
+        return sample_bytes + LABEL * self.labels, sample_bytes * returns
+
+    def messages(self, sample_bytes: int, bottom_bytes: int, returns: bool = True) -> Iterator[tuple[int, int]]:
+        """(how many, of so many bytes each), in an epoch in which every Alice takes part.
+
+        Labels go with what is sent up: `splitlearn.timeline` takes for one message what a party sends in a row.
+        """
         for num_rows in self.shards:
             num_batches = math.ceil(num_rows / self.batch_size)
             last = num_rows - (num_batches - 1) * self.batch_size
             for count, size in ((num_batches - 1, self.batch_size), (1, last)):
-                yield 2 * count, size * sample_bytes
-                yield count * self.labels, size * LABEL
+                for num_bytes in filter(None, self.each_way(sample_bytes, returns)):
+                    yield count * self.local_epochs, size * num_bytes
+            num_batches *= self.local_epochs
             turn = int({"epoch": num_batches, "step": 1}.get(str(self.turn), self.turn))
             yield self.transfers * math.ceil(num_batches / turn), bottom_bytes
 
 
 class Block(NamedTuple):
-    """What a block adds to Alice's side, weights with buffers, FLOPs a sample; and what crosses behind it a sample."""
+    """What a block adds to Alice's side, weights with buffers, FLOPs a sample; and what crosses behind it a sample.
+
+    `returns`: whether a gradient comes back, which nobody wants unless something up to here is trained.
+    """
 
     name: str
     parameters: int
@@ -52,14 +66,16 @@ class Block(NamedTuple):
     elements: int
     sample_bytes: int
     leakage: float | None
+    returns: bool
 
 
 class Cut(NamedTuple):
     """A cut behind the block `name`.
 
     Parameters and FLOPs (of a sample, forward and backward) are Alice's, shares are of the whole model's; elements and
-    bytes those of a sample, one way. `break_even_...` is the least number of Alices for whom an epoch of split learning
-    with weights handed on peer to peer, or by way of the server, takes fewer bytes than a round of FedAvg.
+    bytes those of a sample, one way; an epoch's are those expected where not all take part. `break_even_...` is the
+    least number of Alices for whom an epoch of split learning with weights handed on peer to peer, or by way of the
+    server, takes fewer bytes than a round of FedAvg.
     """
 
     name: str
@@ -87,7 +103,7 @@ def measure(blocks: nn.Sequential, x: Tensor, is_real: bool = True) -> list[Bloc
             parameters = sum(p.numel() for p in block.parameters())
             weight_bytes = sum(value.nbytes for value in block.state_dict().values() if isinstance(value, Tensor))
             leakage = distance_correlation(inputs, x) if is_real else None
-            measured.append(Block(name, parameters, weight_bytes, flops, x[0].numel(), x[0].nbytes, leakage))
+            measured.append(Block(name, parameters, weight_bytes, flops, x[0].numel(), x[0].nbytes, leakage, wants))
     return measured
 
 
@@ -115,8 +131,9 @@ def _cut(bottom: Sequence[Block], blocks: Sequence[Block], terms: Terms) -> Cut:
     last = bottom[-1]
     parameters, flops, weight_bytes = _add_up(bottom)
     all_parameters, all_flops, model_bytes = _add_up(blocks)
-    messages = list(terms.messages(last.sample_bytes, weight_bytes))
-    crossing = sum(terms.shards) * (2 * last.sample_bytes + LABEL * terms.labels)
+    messages = list(terms.messages(last.sample_bytes, weight_bytes, last.returns))
+    # Who takes no part saves both sides of the break-even as much, so the share falls out of it.
+    crossing = sum(terms.shards) * terms.local_epochs * sum(terms.each_way(last.sample_bytes, last.returns))
     return Cut(
         last.name,
         parameters,
@@ -125,8 +142,8 @@ def _cut(bottom: Sequence[Block], blocks: Sequence[Block], terms: Terms) -> Cut:
         flops / max(all_flops, 1),
         last.elements,
         last.sample_bytes,
-        sum(count * size for count, size in messages),
-        sum(count * terms.seconds(size) for count, size in messages) if terms.seconds else None,
+        round(terms.share * sum(count * size for count, size in messages)),
+        terms.share * sum(count * terms.seconds(size) for count, size in messages) if terms.seconds else None,
         break_even(crossing, weight_bytes, model_bytes, transfers=1),
         break_even(crossing, weight_bytes, model_bytes, transfers=2),
         last.leakage,

@@ -11,6 +11,7 @@ from splitlearn.layout import Party
 from splitlearn.live import Live
 from splitlearn.network import SplitNetwork
 from splitlearn.schedule import Schedule
+from splitlearn.sharing import Handoff
 
 
 def draw(network: SplitNetwork, sample: Mapping[str, Tensor], batch_size: int, schedule: Schedule) -> str:
@@ -24,7 +25,8 @@ def draw(network: SplitNetwork, sample: Mapping[str, Tensor], batch_size: int, s
     layout, times = network.layout, batch_size / len(sample["y"])
     tape, ledger = network.look(sample)
     hops = iter(tape)
-    takers, how = schedule.takers, "at once" if schedule.turn == "step" else "in turns"
+    in_turns = isinstance(schedule.alice, Handoff)
+    takers, how = schedule.takers, "at once" if schedule.turn == "step" else "in turns" if in_turns else "side by side"
     lines = [layout.kind if len(takers) == 1 else f"{layout.kind}, {how}: {_shorten(takers)}"]
     for stage in layout.stages:
         crossing = [name for name in stage.inputs if network.owners.get(name, stage.role) != stage.role]

@@ -9,15 +9,16 @@ def distance_correlation(x: Tensor, y: Tensor) -> float:
 
     Székely & Rizzo, "Partial distance correlation with methods for dissimilarities", 2014 (arXiv 1310.2926): U-centred
     Euclidean distances, which are not squared. 1 for the same rows, also turned or scaled; around 0, on either side,
-    for independent ones, where the older V-statistic grows with the number of columns. 0 where all rows are alike.
+    for independent ones, where the older V-statistic grows with the number of columns. 0 where all rows are alike,
+    NaN where a value is not finite: that says nothing about what can be seen.
 
     ValueError for another number of rows in y, or fewer than 4.
     """
     if len(x) != len(y) or len(x) < 4:
         raise ValueError(f"`x` and `y` (={len(x)} and {len(y)} rows) must have the same number of rows, at least 4")
     a, b = _centred(x), _centred(y)
-    scale = (a.square().sum() * b.square().sum()).sqrt()
-    return float((a * b).sum() / scale) if scale > 0 else 0.0
+    scale = a.norm() * b.norm()
+    return 0.0 if scale == 0 else float((a * b).sum() / scale)
 
 
 def _centred(x: Tensor) -> Tensor:

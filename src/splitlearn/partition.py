@@ -99,7 +99,7 @@ def by_file(labels: Tensor, num_shards: int, seed: int, path: str | Path) -> lis
         where = f"{path}, line {line}, id {name}"
         row = int(name) if name.isascii() and name.isdecimal() and len(name) < 19 else -1
         if not 0 <= row < len(labels):
-            raise ValueError(f"{where}: not among the training rows 0 to {len(labels) - 1}; remove the line")
+            raise ValueError(f"{where}: not among the source's rows 0 to {len(labels) - 1}; remove the line")
         if row in lines:
             raise ValueError(f"{where}: line {lines[row]} deals it already, each row once; remove one line")
         if party not in alices:
@@ -208,7 +208,7 @@ def _check_dealt(path: Path, owners: list[int], num_shards: int) -> None:
     missing = [row for row, owner in enumerate(owners) if owner < 0]
     if missing:
         few = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-        raise ValueError(f"{path} has no line for {len(missing)} training rows, id {few}: give each row an owner")
+        raise ValueError(f"{path} has no line for {len(missing)} rows of the source, id {few}: give each row an owner")
     empty = set(range(num_shards)) - set(owners)
     if empty:
         raise ValueError(f"{path} gives alice{min(empty)} no row: give her one, or lower `num_alices` (={num_shards})")

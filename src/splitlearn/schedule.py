@@ -165,7 +165,7 @@ class Schedule:
         if isinstance(self.alice, Handoff) and self.turn == "step":
             raise ValueError(
                 f"`schedule.turn` (=step) has all Alices train at once, and `schedule.alice` (={self.alice}) hands on: "
-                "take turn=1, or MeanGradient"
+                "take schedule.turn=1, or schedule=parallel"
             )
 
 
