@@ -34,8 +34,9 @@ from torch import nn
 
 from splitlearn import layout as layouts
 from splitlearn.layout import multi_hop, two_party, u_shaped, whole
+from splitlearn.means import Average, MeanGradient
 from splitlearn.models.layers import dense_blocks, in_order, lazily
-from splitlearn.sharing import Average, Handoff, MeanGradient, Personal, Shared
+from splitlearn.sharing import Handoff, Personal, Shared
 
 CHAINS = {
     "whole": whole(BLOCKS),

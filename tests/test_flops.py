@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from splitlearn import flops
 from splitlearn.flops import Cost, Meter, add_up, clients, cost_of
 from splitlearn.layout import extended_vanilla, multi_hop, two_party, u_shaped, vertical, whole
+from splitlearn.means import Average, MeanGradient
 from splitlearn.network import SplitNetwork
-from splitlearn.sharing import Average, Handoff, MeanGradient, Personal, Shared
+from splitlearn.sharing import Handoff, Personal, Shared
 from splitlearn.wire import Wire
 
 ROWS = 4

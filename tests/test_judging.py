@@ -12,7 +12,8 @@ from runs import fit, make_data, make_learner, make_trainer, results
 from splitlearn.accuracy import AccuracyByOwner
 from splitlearn.callbacks import Results
 from splitlearn.judging import Judge, performance_gap
-from splitlearn.sharing import Average, MeanGradient, Personal
+from splitlearn.means import Average, MeanGradient
+from splitlearn.sharing import Personal
 
 SIDE_BY_SIDE = {"alice": Average(), "bob": Average()}
 PERSONAL = {"alice": Personal(), "bob": Average()}

@@ -38,7 +38,7 @@ def test_the_training_loss_is_the_mean_over_the_rows_of_the_epoch(tmp_path, leng
         optimizer.step()
         total += loss.item() * len(y)
     assert learner.mean_loss == total / 39
-    assert learner.last_loss == loss.item()
+    assert learner.epoch_loss.last == loss.item()
     assert trainer.callback_metrics["train/loss"] == torch.tensor(total / 39)
 
 

@@ -14,8 +14,9 @@ from splitlearn.callbacks import Results
 from splitlearn.errors import InputError
 from splitlearn.layout import multi_hop, two_party, u_shaped, vertical, whole
 from splitlearn.link import Link, make_link
+from splitlearn.means import Average, MeanGradient
 from splitlearn.prediction import Prediction
-from splitlearn.sharing import Average, Handoff, MeanGradient, Personal, Shared
+from splitlearn.sharing import Handoff, Personal, Shared
 from splitlearn.timeline import Diary, Exchange, Timeline, in_rounds
 from splitlearn.train import build
 from splitlearn.train import train as run

@@ -7,9 +7,10 @@ import torch
 from helpers import Recorder
 from torch import nn
 
-from splitlearn.live import SERVER, Live
-from splitlearn.sharing import Average, Handoff, MeanGradient, Personal, Shared
-from splitlearn.wire import Wire
+from splitlearn.live import Live
+from splitlearn.means import Average, MeanGradient
+from splitlearn.sharing import Handoff, Personal, Shared
+from splitlearn.wire import SERVER, Wire
 
 WEIGHTS = 4 * (4 + 2 + 2 + 2 + 2 + 2) + 8  # weights, batch norm's, its statistics, its counter of mini-batches
 TRAINED = 4 * (4 + 2 + 2 + 2)
@@ -73,8 +74,8 @@ def test_shared_moves_nothing():
     sharing = Shared()
     take_turns(sharing, live, "alice0", "alice1")
     sharing.end_round(live)
-    sharing.show(live)
-    sharing.hide(live)
+    sharing.show(live, "alice0")
+    sharing.hide(live, "alice0")
     assert same(live.weights, before)
     assert same(live.state, state)
     assert live.wire.ledger.table() == {}
@@ -247,9 +248,9 @@ def test_in_the_middle_of_a_round_evaluation_sees_what_it_started_from():
     start = copied(live.weights)
     sharing.take(live, "alice0")
     fill(live, 7)
-    sharing.show(live)
+    sharing.show(live, "alice0")
     assert same(live.weights, start)
-    sharing.hide(live)
+    sharing.hide(live, "alice0")
     assert values(live.weights) == 7
 
 
@@ -257,9 +258,9 @@ def test_before_the_first_round_there_is_nothing_to_show():
     for sharing in (Shared(), Handoff(), Average(), MeanGradient(), Personal()):
         live = make_live()
         before = copied(live.weights)
-        sharing.show(live)
+        sharing.show(live, "alice0")
         assert same(live.weights, before)
-        sharing.hide(live)
+        sharing.hide(live, "alice0")
         assert same(live.weights, before)
 
 
@@ -317,12 +318,12 @@ def test_looking_at_everybodys_weights_gives_the_turn_back():
     for alice, value in (("alice0", 1), ("alice1", 2)):
         sharing.take(live, alice)
         fill(live, value)
-    sharing.show(live)
+    sharing.show(live, "alice0")
     for alice, value in (("alice0", 1), ("alice1", 2)):
         sharing.take(live, alice)
         assert values(live.weights) == value
     sharing.take(live, "alice0")
-    sharing.hide(live)
+    sharing.hide(live, "alice0")
     assert values(live.weights) == 2
     assert sharing.holder == "alice1"
 

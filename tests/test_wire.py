@@ -32,11 +32,13 @@ def test_what_arrives_has_the_values_the_dtype_and_the_shape_of_what_was_sent(dt
     assert wire.ledger.table() == {"alice0->bob": {"activation": sent.numel() * size}}
 
 
-def test_no_graph_crosses():
+@pytest.mark.parametrize(("kind", "wants"), [("activation", True), ("weights", False)])
+def test_no_graph_crosses_and_an_activation_alone_wants_a_gradient(kind, wants):
     sent = torch.ones(2, requires_grad=True) * 2
-    received = Wire().carry(sent, "alice0", "bob", "activation")
-    assert not received.requires_grad
-    assert received.grad_fn is None
+    received = Wire().carry(sent, "alice0", "bob", kind)
+    assert received.is_leaf
+    assert received.requires_grad is wants
+    assert not Wire().carry(sent.detach(), "alice0", "bob", kind).requires_grad
 
 
 def test_a_view_costs_what_it_shows_and_not_what_it_is_cut_from():

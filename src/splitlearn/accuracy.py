@@ -36,6 +36,14 @@ class AccuracyByOwner(Metric):
         self.total += torch.bincount(owners, minlength=len(self.owners))
         self.correct += torch.bincount(owners[right], minlength=len(self.owners))
 
+    def counts(self) -> list[list[int]]:
+        """Return correct rows and all rows by owner, as JSON can hold them."""
+        return [self.correct.tolist(), self.total.tolist()]
+
+    def load(self, counts: Sequence[list[list[int]]]) -> None:
+        """Take the sum of what several have counted."""
+        self.correct, self.total = torch.tensor(counts).sum(0)
+
     def compute(self) -> dict[str, Tensor]:
         """Return the accuracy of each party that has rows, if they are few, and the lowest of all as `worst`."""
         having = self.total > 0

@@ -21,12 +21,14 @@ class WeightedMean:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
+        self.dtypes: dict[str, torch.dtype] = {}  # of what was added
         self.total = 0.0
 
     @torch.no_grad()
     def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
         for name, tensor in tensors.items():
             if _counts(name, tensor):
+                self.dtypes[name] = tensor.dtype
                 largest = self.sums.get(name, tensor).to(tensor.device)
                 self.sums[name] = torch.maximum(largest, tensor)
             else:
@@ -42,16 +44,22 @@ class WeightedMean:
             sum_.zero_()
         self.total = 0.0
 
+    def take(self) -> dict[str, Tensor]:
+        """Return the mean of what was added, in the dtypes it had, and begin anew."""
+        means = {name: torch.empty_like(sum_, dtype=self.dtypes[name]) for name, sum_ in self.sums.items()}
+        self.write(means)
+        return means
+
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums if self.total else {}, "total": self.total}
+        return {"sums": self.sums if self.total else {}, "dtypes": self.dtypes, "total": self.total}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sums, self.total = state["sums"], state["total"]
+        self.sums, self.dtypes, self.total = state["sums"], state["dtypes"], state["total"]
 
     def _sum_of(self, name: str, tensor: Tensor) -> Tensor:
         if name not in self.sums:
             wide = tensor.dtype if tensor.device.type == "mps" else torch.float64  # which MPS does not have
-            self.sums[name] = torch.zeros_like(tensor, dtype=wide)
+            self.sums[name], self.dtypes[name] = torch.zeros_like(tensor, dtype=wide), tensor.dtype
         elif self.sums[name].device != tensor.device:  # as a checkpoint has it
             self.sums[name] = self.sums[name].to(tensor.device)
         return self.sums[name]

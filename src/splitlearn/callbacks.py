@@ -54,7 +54,8 @@ class Drawing(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         rows = trainer.precision_plugin.convert_input(data.sample())
         with trainer.precision_plugin.forward_context():
-            fields = {name: field.to(learner.device) for name, field in rows.items()}
+            # What other processes hold is on meta: of it only the shape is drawn.
+            fields = {**learner.network.sample, **{name: field.to(learner.device) for name, field in rows.items()}}
             print(draw(learner.network, fields, data.batch_size, learner.schedule), flush=True)
 
 
@@ -109,7 +110,7 @@ class Results(Callback):
         self.epochs = [*self.epochs[: trainer.current_epoch], epoch]
         self.write(learner)
 
-    def on_test_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
+    def on_test_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
         self.test = _measured(trainer, "test/")
         self.write(learner)
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from splitlearn.errors import InputError
+from splitlearn.errors import CURE, DivergedError, InputError
 from splitlearn.layout import Role
 
 
-def check_settings(interval: str, clip_val: float | None, steps_per_execution: int) -> None:
+def check_settings(interval: str, clip_val: float | None, steps_per_execution: int, micro_batches: int) -> None:
     """Raises ValueError for a setting that is out of its range."""
     if interval not in ("epoch", "step"):
         raise ValueError(f"`scheduler.interval` (={interval}) must be epoch or step")
     if steps_per_execution < 1:
         raise ValueError(f"`steps_per_execution` (={steps_per_execution}) must be at least 1")
+    if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
+        raise ValueError(f"`micro_batches` (={micro_batches}) must be a whole number of at least 1")
     if clip_val is not None and clip_val < 0:
         raise ValueError(f"`trainer.gradient_clip_val` (={clip_val}) must not be negative; null clips nothing")
 
@@ -30,13 +32,18 @@ def check_precision(scaler: torch.amp.GradScaler | None, deferred: Sequence[Role
         )
 
 
-def check_loss(loss: nn.Module, output: Tensor, num_classes: int) -> None:
-    """Raises ValueError for an output that has not a value per class, and for the wrong one of two losses."""
+def check_loss(loss: nn.Module, output: Tensor, num_classes: int, known: bool) -> None:
+    """Raises ValueError for an output that has not a value per class, and for the wrong one of two losses.
+
+    Of an output that is not `known` here, since another party computes it, only the shape counts.
+    """
     if output.ndim != 2 or output.shape[1] != num_classes:
         raise ValueError(
             f"the model's output has shape {list(output.shape[1:])} per sample, the data {num_classes} classes: "
             f"end the model in a block with {num_classes} outputs"
         )
+    if not known:
+        return
     logs = torch.allclose(output.float().exp().sum(1), torch.ones(len(output)), atol=1e-3)
     if isinstance(loss, nn.NLLLoss) and not logs:
         cure = "end the model in LogSoftmax, or use CrossEntropyLoss"
@@ -45,3 +52,19 @@ def check_loss(loss: nn.Module, output: Tensor, num_classes: int) -> None:
     if isinstance(loss, nn.CrossEntropyLoss) and (logs or (probabilities and bool((output >= 0).all()))):
         cure = "drop the model's last Softmax, or use NLLLoss with LogSoftmax"
         raise ValueError(f"`loss` (=CrossEntropyLoss) takes logits: {cure}")
+
+
+def check_kind(ours: Mapping[str, str], theirs: Mapping[str, str]) -> None:
+    """Raises InputError where a checkpoint is of another run than the one that is to go on from it."""
+    for what, value in ours.items():
+        if theirs.get(what) != value:
+            raise InputError(
+                f"`ckpt` is of another {what}: {theirs.get(what)}, this run has {value}: "
+                f"resume with the {what} of the checkpoint, or train anew without `ckpt`"
+            )
+
+
+def check_finite(module: nn.Module, num_steps: int) -> None:
+    """Raises DivergedError where weights are not numbers."""
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
+        raise DivergedError(f"weights are not finite after {num_steps} mini-batches: {CURE}")

@@ -12,7 +12,10 @@ from splitlearn.wire import Wire
 
 
 class Hop(NamedTuple):
-    """One crossing. `sent` hangs on the sender's graph, `received` is the leaf of the receiver's."""
+    """One crossing. `sent` hangs on the sender's graph, `received` is the leaf of the receiver's.
+
+    Each is on meta, and wants no gradient, where its party lives in another process.
+    """
 
     sender: Party
     receiver: Party
@@ -28,15 +31,22 @@ class CutLayer(nn.Module):
         self.wire = wire
 
     def forward(self, smashed: Tensor, sender: Party, receiver: Party) -> Hop:
-        received = self.wire.carry(smashed, sender, receiver, "activation")
-        return Hop(sender, receiver, smashed, received.requires_grad_(smashed.requires_grad))
+        return Hop(sender, receiver, smashed, self.wire.carry(smashed, sender, receiver, "activation"))
 
     def backward(self, hop: Hop) -> None:
         # A bottom that is frozen or has no parameters wants no gradient, so none is sent.
-        if hop.received.grad is None:
+        if not (hop.sent.requires_grad or hop.received.requires_grad):
             return
-        gradient = self.wire.carry(hop.received.grad, hop.receiver, hop.sender, "gradient")
-        run_backward(hop.sent, gradient)
+        gradient = self.wire.carry(_gradient(hop), hop.receiver, hop.sender, "gradient")
+        if hop.sent.requires_grad:
+            run_backward(hop.sent, gradient)
+
+
+def _gradient(hop: Hop) -> Tensor:
+    """Of what was received; where that was in another process, its shape. Zeros if the loss does not depend on it."""
+    if not hop.received.requires_grad:
+        return hop.sent
+    return torch.zeros_like(hop.received) if hop.received.grad is None else hop.received.grad
 
 
 def run_backward(root: Tensor, gradient: Tensor | None = None) -> None:

@@ -42,6 +42,7 @@ class Terms(NamedTuple):
 
         Labels go with what is sent up: `splitlearn.timeline` takes for one message what a party sends in a row.
         """
+        most = math.ceil(max(self.shards) / self.batch_size) * self.local_epochs
         for num_rows in self.shards:
             num_batches = math.ceil(num_rows / self.batch_size)
             last = num_rows - (num_batches - 1) * self.batch_size
@@ -51,6 +52,9 @@ class Terms(NamedTuple):
             num_batches *= self.local_epochs
             turn = int({"epoch": num_batches, "step": 1}.get(str(self.turn), self.turn))
             yield self.transfers * math.ceil(num_batches / turn), bottom_bytes
+            # Who has fewer mini-batches misses the last steps, and is sent the weights when she next takes part.
+            if self.turn == "step" and self.transfers and num_batches < most:
+                yield 1, bottom_bytes
 
 
 class Block(NamedTuple):

@@ -24,6 +24,7 @@ def draw(network: SplitNetwork, sample: Mapping[str, Tensor], batch_size: int, s
     """
     layout, times = network.layout, batch_size / len(sample["y"])
     tape, ledger = network.look(sample)
+    segments = {stage.name: segment for stage, segment in network.program}
     hops = iter(tape)
     in_turns = isinstance(schedule.alice, Handoff)
     takers, how = schedule.takers, "at once" if schedule.turn == "step" else "in turns" if in_turns else "side by side"
@@ -32,14 +33,15 @@ def draw(network: SplitNetwork, sample: Mapping[str, Tensor], batch_size: int, s
         crossing = [name for name in stage.inputs if network.owners.get(name, stage.role) != stage.role]
         lines += [_crossing(next(hops), batch_size, times) for _ in crossing]
         blocks = [f"{name} {_shape(sample[name])} ->" for name in stage.inputs if name in sample] + list(stage.blocks)
-        size = sum(p.numel() for p in network.segments[stage.name].parameters())
+        size = sum(p.numel() for p in segments[stage.name].parameters())
         labels = " <- y" if stage is layout.stages[-1] and layout.owners["y"] == stage.role else ""
         lines.append(f"{stage.role:<8}{' '.join(blocks) + labels:<48}{size:>14,} parameters")
     for (src, dst, kind), num_bytes in ledger.num_bytes.items():
         if kind == "label":
             lines.append(f"  | {src} -> {dst}: {batch_size} labels, {times * num_bytes:,.0f} bytes")
     if len(takers) > 1 and schedule.alice.way:
-        live = Live("alice", network.segments_of("alice"), network.wire)
+        hers = {stage.name: segments[stage.name] for stage in layout.stages if stage.role == "alice"}
+        live = Live("alice", hers, network.wire)
         moved = {**live.trained, **live.buffers} if schedule.alice.defers else live.weights
         lines.append("  | " + schedule.alice.way.format(f"{sum(v.nbytes for v in moved.values()):,}"))
     return "\n".join(lines)

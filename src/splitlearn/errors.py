@@ -5,5 +5,8 @@ class InputError(ValueError):
     """What the user gave does not fit. The message names the value, the rule and the cure."""
 
 
+CURE = "lower `optimizer.lr` or set `trainer.gradient_clip_val`"  # of a loss that diverges
+
+
 class DivergedError(RuntimeError):
     """The loss is not a finite number."""

@@ -61,11 +61,12 @@ class Judge(Callback):
         self.by_label[alice] = self.last[1]
 
     def on_validation_batch_end(  # type: ignore[override]
-        self, trainer: pl.Trainer, learner: SplitLearner, outputs: dict[str, Tensor], *_: Any
+        self, trainer: pl.Trainer, learner: SplitLearner, outputs: list[dict[str, Tensor]], *_: Any
     ) -> None:
-        if outputs["owners"] is not None:
-            self.by_owner = self.by_owner or AccuracyByOwner(learner.schedule.takers)
-            self.by_owner.update(**outputs)
+        self.by_owner = self.by_owner or AccuracyByOwner(learner.schedule.takers)
+        for part in outputs or []:  # none where another party holds the loss
+            if part["owners"] is not None:
+                self.by_owner.update(**part)
 
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
@@ -73,9 +74,11 @@ class Judge(Callback):
         self._log_by_owner(learner, "val")
         if trainer.current_epoch != self.epoch or set(self.by_label) != set(self.chosen) or trainer.sanity_checking:
             return
-        for alice, (correct, total) in self.by_label.items():
+        told = learner.network.wire.gather({alice: counts.tolist() for alice, counts in self.by_label.items()})
+        by_label = {alice: torch.tensor([each[alice] for each in told]).sum(0) for alice in self.by_label}
+        for alice, (correct, total) in by_label.items():
             learner.log(f"val/accuracy_after/{alice}", correct.sum() / total.sum())
-        learner.log("val/performance_gap", performance_gap(torch.stack(list(self.by_label.values()))))
+        learner.log("val/performance_gap", performance_gap(torch.stack(list(by_label.values()))))
 
     def on_test_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
         self._log_by_owner(learner, "test")
@@ -88,6 +91,7 @@ class Judge(Callback):
 
     def _log_by_owner(self, learner: SplitLearner, stage: str) -> None:
         if self.by_owner is not None:
+            self.by_owner.load(learner.network.wire.gather(self.by_owner.counts()))
             learner.log_dict({f"{stage}/accuracy{name}": value for name, value in self.by_owner.compute().items()})
         self.by_owner = None
 
@@ -103,7 +107,7 @@ def performance_gap(counts: Tensor) -> Tensor:
 @torch.no_grad()
 def _count(trainer: pl.Trainer, learner: SplitLearner, alice: Party) -> Tensor:
     """Return, by label, the validation rows that are classified correctly and all of them: [2, labels]."""
-    network, num_labels = learner.network, int(learner.accuracy.num_classes or 0)
+    network, num_labels = learner.network, learner.num_classes
     counts = torch.zeros(2, num_labels, dtype=torch.int64)
     loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
     network.wire.ledger = learner.evaluation_ledger
@@ -111,6 +115,8 @@ def _count(trainer: pl.Trainer, learner: SplitLearner, alice: Party) -> Tensor:
         with evaluating(network), learner.rounds.as_of(alice):
             for batch in islice(loader, _limit(trainer, len(loader))):
                 output, labels, _ = network(batch, learner.layout.cast(alice))
+                if output.device.type == "meta":  # another party counts
+                    continue
                 right = labels[output.argmax(1) == labels]
                 counts += torch.stack([torch.bincount(some, minlength=num_labels) for some in (right, labels)]).cpu()
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
@@ -14,21 +13,22 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics.classification import MulticlassAccuracy
 
-from splitlearn.checks import check_loss, check_precision, check_settings
+from splitlearn.checks import check_finite, check_kind, check_loss, check_precision, check_settings
 from splitlearn.data.loader import Turns
-from splitlearn.errors import DivergedError, InputError
+from splitlearn.errors import CURE, DivergedError
 from splitlearn.flops import Meter
 from splitlearn.layout import Party, Role
 from splitlearn.ledger import Ledger
-from splitlearn.network import Batch, SplitNetwork
-from splitlearn.optimizers import MakeOptimizer, Stepper, by_role
+from splitlearn.network import Batch, SplitNetwork, micro
+from splitlearn.optimizers import MakeOptimizer, Stepper, by_role, options_of
 from splitlearn.pace import Pace, Stretch, go_on
 from splitlearn.rounds import Rounds
 from splitlearn.schedule import Schedule
+from splitlearn.tally import EpochLoss, Tally, means
 
-CURE = "lower `optimizer.lr` or set `trainer.gradient_clip_val`"
+Part = dict[str, Tensor | None]
+"""`output`, `labels` and `owners` of the rows that one Alice has evaluated; see `Rounds.predict`."""
 
 
 class SplitLearner(pl.LightningModule):
@@ -44,6 +44,8 @@ class SplitLearner(pl.LightningModule):
         gradient_clip_val, gradient_clip_algorithm: as Lightning's Trainer has them, for each role by itself: no party
             sees another's gradients.
         steps_per_execution: the most mini-batches that run before Lightning looks again, see `splitlearn.pace`.
+        micro_batches: parts of a mini-batch that go through the network one behind the other, so that parties compute
+            at the same time (GPipe: Huang et al. 2019, arXiv 1811.06965); the gradients are those of the mini-batch.
 
     Raises ValueError for an optimizer that does not take its options, and for a loss that does not fit the output.
     """
@@ -64,36 +66,34 @@ class SplitLearner(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str = "norm",
         steps_per_execution: int = 100,
+        micro_batches: int = 1,
     ) -> None:
         super().__init__()
-        check_settings(interval, gradient_clip_val, steps_per_execution)
-        check_loss(loss, network.sample_output, num_classes)
+        check_settings(interval, gradient_clip_val, steps_per_execution, micro_batches)
+        check_loss(loss, network.sample_output, num_classes, network.wire.hosts(network.layout.stages[-1].role))
         self.network, self.layout, self.schedule, self.loss = network, network.layout, schedule, loss
         self.rounds = Rounds(schedule, network)
         self.makers = by_role(network, optimizer, optimizers or {}, scheduler)
         made = {role: make(network.parameters_of(role)) for role, make in self.makers.items()}
-        self.options = ", ".join(f"{role}: {_options(optimizer)}" for role, optimizer in made.items())
+        self.options = ", ".join(f"{role}: {options_of(optimizer)}" for role, optimizer in made.items())
         self.scheduler, self.interval, self.monitor = scheduler, interval, monitor
         self.clip = {"gradient_clip_val": gradient_clip_val, "gradient_clip_algorithm": gradient_clip_algorithm}
         self.steps_per_execution = steps_per_execution
         self.ledger, self.evaluation_ledger = network.wire.ledger, Ledger()
         self.meter = Meter(network, self.ledger)
-        # Only the holder of the loss computes metrics; one that syncs by itself would wait for the other parties.
-        self.accuracy = MulticlassAccuracy(num_classes, average="micro", sync_on_compute=False)
-        self.loss_sum, self.num_rows, self.last_loss = 0.0, 0, math.nan
+        self.num_classes, self.micro_batches = num_classes, micro_batches
+        self.tally, self.epoch_loss = Tally(), EpochLoss()
         self.measured: dict[str, Tensor] = {}  # what a checkpoint knew of `trainer.callback_metrics`
 
     def training_step(self, stretch: Stretch[Turns], batch_idx: int) -> None:
         losses = []
         for turns in self.pace.run(stretch):
-            for alice, batch in turns.batches.items():
-                with self.turn(alice, batch):
-                    output, labels, tape = self.network(batch, self.layout.cast(alice))
-                    loss = self.loss(output, labels)
-                    self.network.backward(self.stepper.before_backward(loss), tape)
-                losses.append((alice, batch, loss.detach()))
-            self._end_step(turns)
-        self._add_up(losses)
+            for alice, batch in self.rounds.present(turns.batches):
+                with self.turn(alice, batch):  # the weights come to her before, optimizers step after
+                    loss = self._pass(batch, self.layout.cast(alice))
+                losses.append((alice, batch, loss))
+            self._end_step(turns)  # at the end of a round: means of weights or gradients
+        self.epoch_loss.add(losses)
 
     @contextmanager
     def turn(self, alice: Party, batch: Batch) -> Iterator[None]:
@@ -104,23 +104,24 @@ class SplitLearner(pl.LightningModule):
         self.rounds.num_rows += len(batch.ids)
         self.ledger.add_pass(alice, len(batch.ids))
         self.stepper.after_backward()
-        self.stepper.step(self.rounds.at_once)
+        cast = self.layout.cast(alice)
+        self.stepper.step([role for role in self.rounds.at_once if self.network.wire.plays(cast[role])])
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
+    def validation_step(self, batch: Batch, batch_idx: int) -> list[Part]:  # type: ignore[override]
         return self._evaluate(batch, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
+    def test_step(self, batch: Batch, batch_idx: int) -> list[Part]:  # type: ignore[override]
         return self._evaluate(batch, "test")
 
     @property
     def mean_loss(self) -> float:
         """The mean training loss over the rows of this epoch so far."""
-        return self.loss_sum / self.num_rows if self.num_rows else math.nan
+        return self.epoch_loss.mean
 
     @property
     def kind(self) -> dict[str, str]:
         """What a checkpoint must share with the run that goes on from it."""
-        blocks = [block for segment in self.network.segments.values() for block in segment.named_children()]
+        blocks = [block for _, segment in self.network.program for block in segment.named_children()]
         return {
             "layout": self.layout.describe(),
             "model": ", ".join(f"{name} of {sum(p.numel() for p in block.parameters())}" for name, block in blocks),
@@ -153,7 +154,7 @@ class SplitLearner(pl.LightningModule):
         check_precision(self.stepper.scaler, self.rounds.deferred, self.rounds.at_once)
 
     def on_train_epoch_start(self) -> None:
-        self.loss_sum, self.num_rows = 0.0, 0
+        self.epoch_loss = EpochLoss()
 
     def on_train_epoch_end(self) -> None:
         self.log("train/loss", self.mean_loss)
@@ -168,35 +169,31 @@ class SplitLearner(pl.LightningModule):
         self.network.wire.ledger = self.evaluation_ledger
         self.rounds.find()
         self.rounds.show()
+        self.tally = Tally()
 
     def on_validation_epoch_end(self) -> None:
-        self.rounds.hide()  # here, since a checkpoint may be saved in the callbacks' on_validation_end
-        self.network.wire.ledger = self.ledger
+        self._end_evaluation("val")
 
-    on_test_start, on_test_epoch_end = on_validation_start, on_validation_epoch_end
+    on_test_start = on_validation_start
+
+    def on_test_epoch_end(self) -> None:
+        self._end_evaluation("test")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters()):
-            raise DivergedError(f"weights are not finite after {self.trainer.global_step} mini-batches: {CURE}")
+        check_finite(self, self.trainer.global_step)
         checkpoint["splitlearn"] = {
             "kind": self.kind,
             "rounds": self.rounds.state_dict(),
             "bytes": [self.ledger.table(), self.evaluation_ledger.table()],
             "passes": dict(self.ledger.passes),
-            "loss": [self.loss_sum, self.num_rows],
+            "loss": self.epoch_loss.state_dict(),
             "measured": dict(self.trainer.callback_metrics),
             "left": self.pace.left,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("splitlearn", {"kind": {"layout": "a model that splitlearn did not train"}})
-        for what, ours in self.kind.items():
-            theirs = state["kind"].get(what)
-            if theirs != ours:
-                raise InputError(
-                    f"`ckpt` is of another {what}: {theirs}, this run has {ours}: "
-                    f"resume with the {what} of the checkpoint, or train anew without `ckpt`"
-                )
+        check_kind(self.kind, state["kind"])
         self.rounds.load_state_dict(state["rounds"])
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._go_on(state, checkpoint["loops"]["fit_loop"])
@@ -204,7 +201,7 @@ class SplitLearner(pl.LightningModule):
     def _go_on(self, state: dict[str, Any], fit_loop: dict[str, Any]) -> None:
         self.ledger.load(state["bytes"][0])
         self.evaluation_ledger.load(state["bytes"][1])
-        self.loss_sum, self.num_rows = state["loss"]
+        self.epoch_loss.load_state_dict(state["loss"])
         self.ledger.passes, self.measured = state["passes"], state["measured"]
         go_on(fit_loop, state["left"])
 
@@ -222,29 +219,35 @@ class SplitLearner(pl.LightningModule):
         for judge, alice in product(self.judges, turns.finishes):
             judge.on_alice_finished(self.trainer, self, alice)
 
-    def _evaluate(self, batch: Batch, stage: str) -> dict[str, Tensor | None]:
-        output, labels, owners = self.rounds.predict(batch)
-        loss = self.loss(output, labels)
-        if not torch.isfinite(loss):
-            raise DivergedError(f"{stage}/loss is {loss.item()} after {self.trainer.global_step} mini-batches: {CURE}")
-        self.accuracy(output, labels)
-        self.log(f"{stage}/loss", loss, batch_size=len(labels), prog_bar=True)
-        self.log(f"{stage}/accuracy", self.accuracy, prog_bar=True, on_epoch=True, on_step=False)
-        return {"output": output, "labels": labels, "owners": owners}
+    def _pass(self, batch: Batch, cast: Mapping[Role, Party]) -> Tensor:
+        """Forward and backward; return the loss. Micro-batches go forward one behind the other, then all backward."""
+        passes = [(part, *self.network(part, cast)) for part in micro(batch, self.micro_batches)]
+        losses = []
+        for part, output, labels, tape in passes:
+            if output.device.type == "meta":  # another process holds the loss
+                self.network.backward(None, tape)
+                continue
+            loss = self.loss(output, labels)
+            loss = loss if len(passes) == 1 else loss * (len(part.ids) / len(batch.ids))
+            self.network.backward(self.stepper.before_backward(loss), tape)
+            losses.append(loss.detach())
+        return torch.stack(losses).sum() if losses else torch.empty((), device="meta")
 
-    def _add_up(self, losses: list[tuple[Party, Batch, Tensor]]) -> None:
-        """Look at the losses of a stretch, all at once: on a GPU each look waits for it."""
-        values = torch.stack([loss for *_, loss in losses]).tolist()
-        for (alice, batch, _), value in zip(losses, values, strict=True):
-            if not math.isfinite(value):
-                raise DivergedError(
-                    f"the loss is {value} in the turn of {alice} at epoch {batch.number[0]}, mini-batch "
-                    f"{batch.number[1]}: {CURE}"
-                )
-            self.loss_sum += value * len(batch.ids)
-            self.num_rows += len(batch.ids)
-        self.last_loss = values[-1]
+    def _evaluate(self, batch: Batch, stage: str) -> list[Part]:
+        parts: list[Part] = []
+        for alice, output, labels, owners in self.rounds.predict(batch):
+            if output.device.type == "meta":
+                continue
+            loss = self.loss(output, labels)
+            if not torch.isfinite(loss):
+                steps = self.trainer.global_step
+                raise DivergedError(f"{stage}/loss is {loss.item()} after {steps} mini-batches: {CURE}")
+            self.tally.add(alice, loss, output, labels)
+            parts.append({"output": output, "labels": labels, "owners": owners})
+        return parts
 
-
-def _options(optimizer: Optimizer) -> str:
-    return f"{type(optimizer).__name__}({', '.join(f'{name}={value}' for name, value in optimizer.defaults.items())})"
+    def _end_evaluation(self, stage: str) -> None:
+        self.rounds.hide()  # here, since a checkpoint may be saved in the callbacks' on_validation_end
+        self.network.wire.ledger = self.ledger
+        measured = means(self.network.wire.gather(self.tally.values()))
+        self.log_dict({f"{stage}/{name}": value for name, value in measured.items()}, prog_bar=True)

@@ -12,9 +12,6 @@ from torch.optim import Optimizer
 from splitlearn.layout import Party, Role
 from splitlearn.wire import Wire
 
-SERVER = "server"
-"""The party that keeps, hands on and averages the weights of the Alices (SplitFed's fed server). It sees no data."""
-
 
 class Live:
     """The weights (buffers included) and the optimizer of a role; whoever has the turn trains them.
@@ -55,14 +52,26 @@ class Live:
             if isinstance(value, Tensor)
         }
 
+    def at(self, party: Party) -> bool:
+        """Whether this copy is the one of `party`. In the simulator, which has but one, it is everybody's."""
+        return self.role != "alice" or self.wire.plays(party)
+
     def carry(self, tensors: Mapping[str, Tensor], src: Party, dst: Party, kind: str) -> Mapping[str, Tensor]:
-        """Return what `dst` receives. What a role other than alice has stays with the one party who plays it."""
+        """Return what `dst` receives, by name; nothing where it lives in another process.
+
+        What a role other than alice has stays with the one party who plays it.
+        """
         if self.role != "alice":
             return tensors
-        return {name: self.wire.carry(tensor, src, dst, kind) for name, tensor in tensors.items()}
+        return self.wire.carry_all(tensors if self.at(src) else self._shapes(kind), src, dst, kind)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         write(self.weights, tensors)
+
+    def load_gradients(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make these the gradients of the weights of their names."""
+        for name, tensor in tensors.items():
+            self.trained[name].grad = tensor
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -99,7 +108,13 @@ class Live:
             }
 
     def _parameters(self) -> Sequence[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
+        return [p for group in self.optimizer.param_groups for p in group["params"]] if self.optimizer else []
+
+    def _shapes(self, kind: str) -> Mapping[str, Tensor]:
+        """What to expect of somebody else: `0/exp_avg` has the shape of parameter `0`, or is a number."""
+        if kind == "optimizer_state":
+            return {str(i): parameter for i, parameter in enumerate(self._parameters())}
+        return self.trained if kind == "weight_gradient" else self.weights
 
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,21 +15,34 @@ from splitlearn.errors import InputError
 from splitlearn.layout import Layout, Party, Role, Stage
 from splitlearn.ledger import Ledger
 from splitlearn.segment import Segment, evaluating
-from splitlearn.wire import Wire
+from splitlearn.wire import Absent, Wire
 
 
 class Batch(NamedTuple):
     """One mini-batch: the rows `ids` of every data field, wherever its owner keeps it.
 
     `ids` [B] int64, the rows' places in the data set; `fields` maps `x` (or `x0`, `x1`, ...) and `y` to [B, ...];
-    `number` is (epoch, place in the epoch), which seeds whatever is drawn on the way. `owners` [B] int64 are the places
-    among the takers of the parties whose rows these are; None where nobody has said so.
+    `number` is (epoch, place in the epoch), and of a micro-batch its place there; it seeds whatever is drawn on the
+    way. `owners` [B] int64 are the places among the takers of the parties whose rows these are; None where nobody has
+    said so.
     """
 
     ids: Tensor
     fields: dict[str, Tensor]
-    number: tuple[int, int]
+    number: tuple[int, ...]
     owners: Tensor | None = None
+
+
+def micro(batch: Batch, parts: int) -> list[Batch]:
+    """Split a batch into at most so many parts of equal size, the last of which may be smaller."""
+    if parts == 1:
+        return [batch]
+    size = -(-len(batch.ids) // parts)
+    fields = {name: field.split(size) for name, field in batch.fields.items()}
+    return [
+        Batch(ids, {name: field[i] for name, field in fields.items()}, (*batch.number, i))
+        for i, ids in enumerate(batch.ids.split(size))
+    ]
 
 
 class SplitNetwork(nn.Module):
@@ -55,28 +68,39 @@ class SplitNetwork(nn.Module):
         blocks = check_blocks(model)
         uses = Counter(name for stage in layout.stages for name in stage.blocks)
         segments = {stage.name: _segment(stage, blocks, uses, seed) for stage in layout.stages}
-        self.segments = nn.ModuleDict(segments)
+        # Those of other processes are no submodules: they are outlines on meta, which have nothing to save or train.
+        self.segments = nn.ModuleDict({s.name: segments[s.name] for s in layout.stages if wire.hosts(s.role)})
         self.owners = {stage.name: stage.role for stage in layout.stages}
         # A list beside the ModuleDict, whose look-ups would cost as much as the cut itself.
         self.program = [(stage, segments[stage.name]) for stage in layout.stages]
         self.sample = {name: field.to("meta") for name, field in sample.items()}
         with torch.random.fork_rng(devices=[]):
-            self.sample_output = self._shape(sample)
+            self.shapes = self._shape(sample)
+        self.sample_output = self.shapes[layout.stages[-1].name]
 
     def forward(self, batch: Batch, cast: Mapping[Role, Party]) -> tuple[Tensor, Tensor, list[Hop]]:
-        """Run all stages. Return the output and the labels, both at the holder of the loss, and the tape of hops."""
+        """Run the stages of the parties that this process plays; the values of others are on meta.
+
+        Return the output and the labels, both at the holder of the loss, and the tape of hops.
+        """
         values = dict(batch.fields)
         tape: list[Hop] = []
         for stage, segment in self.program:
             inputs = [self._bring(values, name, stage.role, cast, tape) for name in stage.inputs]
-            values[stage.name] = segment(join(inputs), batch.number)
+            mine = self.wire.plays(cast[stage.role])
+            values[stage.name] = segment(join(inputs), batch.number) if mine else self._outline(stage, batch)
         holder, owner = cast[stage.role], cast[self.layout.owners["y"]]
-        labels = values["y"] if owner == holder else self.wire.carry(values["y"], owner, holder, "label")
+        labels = values["y"] if "y" in values else torch.empty(len(batch.ids), dtype=torch.int64, device="meta")
+        labels = labels if owner == holder else self.wire.carry(labels, owner, holder, "label")
         return values[stage.name], labels, tape
 
-    def backward(self, loss: Tensor, tape: list[Hop]) -> None:
-        """Walk the tape backwards: each gradient crosses its cut to the party that sent the activation."""
-        run_backward(loss)
+    def backward(self, loss: Tensor | None, tape: list[Hop]) -> None:
+        """Walk the tape backwards: each gradient crosses its cut to the party that sent the activation.
+
+        `loss` is None where another process holds it.
+        """
+        if loss is not None:
+            run_backward(loss)
         for hop in reversed(tape):
             self.cut.backward(hop)
 
@@ -84,10 +108,11 @@ class SplitNetwork(nn.Module):
     def look(self, fields: Mapping[str, Tensor]) -> tuple[list[Hop], Ledger]:
         """Run some rows in evaluation mode. Return what would cross, each party named by its role, and its bytes.
 
-        Nothing is sent: the network's own ledger and taps do not hear of it.
+        Nothing is sent: the network's own ledger and taps do not hear of it. Where a part of the network lives in
+        another process, what would cross is on meta.
         """
         wire = self.wire
-        self.wire = self.cut.wire = Wire()
+        self.wire = self.cut.wire = Wire() if self.complete else Absent()
         try:
             with evaluating(self):
                 rows = torch.arange(len(fields["y"]))
@@ -95,6 +120,11 @@ class SplitNetwork(nn.Module):
             return tape, self.wire.ledger
         finally:
             self.wire = self.cut.wire = wire
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of the network lives in this process."""
+        return len(self.segments) == len(self.program)
 
     def check_sizes(self, smallest: Mapping[Party, int]) -> None:
         """Raises InputError when the smallest mini-batch of a party is one row, and a block cannot train on one."""
@@ -107,8 +137,9 @@ class SplitNetwork(nn.Module):
                 )
 
     def segments_of(self, role: Role) -> dict[str, nn.Module]:
-        """Return the segments of a role, by stage."""
-        return {stage.name: self.segments[stage.name] for stage in self.layout.stages if stage.role == role}
+        """Return the segments of a role, by stage; none where they live in another process."""
+        mine = [stage.name for stage in self.layout.stages if stage.role == role and self.wire.hosts(role)]
+        return {name: self.segments[name] for name in mine}
 
     def parameters_of(self, role: Role) -> list[nn.Parameter]:
         """Return the parameters of the role that are trained; frozen ones are left out."""
@@ -119,16 +150,23 @@ class SplitNetwork(nn.Module):
     ) -> Tensor:
         owner = self.owners.get(name, role)
         if owner == role:
-            return values[name]
+            return values[name] if name in values else self.sample[name]  # another's, so that only its absence counts
         hop = self.cut(values[name], cast[owner], cast[role])
         tape.append(hop)
         return hop.received
 
-    def _shape(self, sample: Mapping[str, Tensor]) -> Tensor:
+    def _outline(self, stage: Stage, batch: Batch) -> Tensor:
+        """What a stage in another process returns, as far as it is known here."""
+        like = self.shapes[stage.name]
+        return like.new_empty(len(batch.ids), *like.shape[1:], device="meta")
+
+    def _shape(self, sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give lazy layers their shapes; return every stage's output for the sample, zeros where it is not known."""
         values = dict(sample)
         for stage, segment in self.program:
-            values[stage.name] = segment.shape(join([values[name] for name in stage.inputs]))
-        return values[stage.name]
+            inputs = join([values[name] for name in stage.inputs])
+            values[stage.name] = segment.shape(inputs) if self.wire.hosts(stage.role) else segment.outline(inputs)
+        return values
 
 
 def check_blocks(model: nn.Module) -> dict[str, nn.Module]:

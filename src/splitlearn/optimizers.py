@@ -163,3 +163,8 @@ def _listeners(learner: pl.LightningModule, hook: str) -> list[Callable[..., Non
         if is_overridden(hook, callback, Callback)
     ]
     return [*heard, getattr(learner, hook)] if is_overridden(hook, learner, pl.LightningModule) else heard
+
+
+def options_of(optimizer: Optimizer) -> str:
+    """One line that two optimizers of the same options share."""
+    return f"{type(optimizer).__name__}({', '.join(f'{name}={value}' for name, value in optimizer.defaults.items())})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,7 +34,8 @@ class Rounds:
         self.holder = schedule.takers[0]
         self.taking = False
         self.num_rows = 0
-        roles = network.layout.roles
+        self.gone: frozenset[Party] = frozenset()
+        roles = [role for role in network.layout.roles if network.wire.hosts(role)]
         self.sharings = {role: copy.deepcopy(schedule.alice if role == "alice" else schedule.bob) for role in roles}
         self.lives = {role: Live(role, network.segments_of(role), network.wire) for role in roles}
         self.deferred = [role for role, sharing in self.sharings.items() if sharing.defers]
@@ -46,6 +47,10 @@ class Rounds:
         for role, live in self.lives.items():
             live.optimizer = (optimizers or {}).get(role, live.optimizer)
             live.find()
+
+    def present(self, batches: Mapping[Party, Batch]) -> Iterator[tuple[Party, Batch]]:
+        """The mini-batches of a step, without those of Alices who are gone."""
+        return ((alice, batch) for alice, batch in batches.items() if alice not in self.gone)
 
     @property
     def halfway(self) -> bool:
@@ -70,30 +75,29 @@ class Rounds:
     def show(self) -> None:
         """Until `hide`, the weights are those that all agree on, if a round is going on."""
         for role, live in self.lives.items():
-            self.sharings[role].show(live)
+            self.sharings[role].show(live, self.holder)
 
     def hide(self) -> None:
         for role, live in self.lives.items():
-            self.sharings[role].hide(live)
+            self.sharings[role].hide(live, self.holder)
 
-    def predict(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return output, labels and owners of a batch; where bottoms are personal, each row goes through its owner's.
+    def predict(self, batch: Batch) -> Iterator[tuple[Party, Tensor, Tensor, Tensor | None]]:
+        """Yield who evaluates, output, labels and owners, on meta where the loss is held in another process.
 
-        Rows that nobody owns then go through everybody's, and come back once for each.
+        The last Alice who trained evaluates a batch; where bottoms are personal, each row goes through its owner's.
+        Rows that nobody owns then go through everybody's, and come once for each.
         """
         if not self.personal:
             output, labels, _ = self.network(batch, self.network.layout.cast(self.holder))
-            return output, labels, batch.owners
-        parts = []
+            yield self.holder, output, labels, batch.owners
+            return
         for i, alice in enumerate(self.schedule.takers):
             mine = batch if batch.owners is None else _rows_of(batch, batch.owners == i)
-            if len(mine.ids):
-                self.sharings["alice"].take(self.lives["alice"], alice)
+            if len(mine.ids) and alice not in self.gone:
+                self._take_alone(alice)
                 torch.clear_autocast_cache()  # it may hold the half-precision copies of another's weights
                 output, labels, _ = self.network(mine, self.network.layout.cast(alice))
-                parts.append((output, labels, torch.full_like(labels, i)))
-        output, labels, owners = map(torch.cat, zip(*parts, strict=True))
-        return output, labels, owners
+                yield alice, output, labels, torch.full_like(labels, i)
 
     @contextmanager
     def as_of(self, alice: Party) -> Iterator[None]:
@@ -101,13 +105,12 @@ class Rounds:
         if not self.personal:
             yield
             return
-        sharing, live = self.sharings["alice"], self.lives["alice"]
-        sharing.show(live)
-        sharing.take(live, alice)
+        self.show()
+        self._take_alone(alice)
         try:
             yield
         finally:
-            sharing.hide(live)
+            self.hide()
 
     def state_dict(self) -> dict[str, Any]:
         sharings = {role: sharing.state_dict() for role, sharing in self.sharings.items()}
@@ -117,6 +120,25 @@ class Rounds:
         self.holder, self.taking, self.num_rows = state["holder"], state["taking"], state["num_rows"]
         for role, sharing in self.sharings.items():
             sharing.load_state_dict(state["sharings"][role])
+
+    def leave_out(self, parties: Collection[Party]) -> None:
+        """These Alices are gone for good: their mini-batches are left out, and what they had not handed over."""
+        self.gone = frozenset(parties)
+        for sharing in self.sharings.values():
+            sharing.leave_out(parties)
+        if self.holder in parties:
+            self.taking, self.num_rows = False, 0
+            self.holder = next(taker for taker in self.schedule.takers if taker not in parties)
+
+    def settle(self) -> None:
+        """Receive what is under way, before all save their state."""
+        for role, live in self.lives.items():
+            self.sharings[role].settle(live)
+
+    def _take_alone(self, alice: Party) -> None:
+        """Alice's bottom alone, for evaluation, where bottoms are personal."""
+        if "alice" in self.lives:
+            self.sharings["alice"].take(self.lives["alice"], alice)
 
     def _give(self) -> None:
         if self.taking:

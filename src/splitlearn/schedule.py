@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from splitlearn.layout import Layout, Party
+from splitlearn.means import MeanGradient
 from splitlearn.seeds import derive
-from splitlearn.sharing import Handoff, MeanGradient, Personal, Shared, Sharing
+from splitlearn.sharing import Handoff, Personal, Shared, Sharing
 
 ORDERS = ("fixed", "random", "cyclic")
 Batches = Callable[[Party, int], Sequence[Tensor]]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from splitlearn.seeds import derive
 
@@ -28,7 +29,7 @@ class Segment(nn.Sequential):
         self.averse: frozenset[str] = frozenset()
         """The blocks that cannot train on a single row: batch norm of one value has no variance."""
 
-    def forward(self, x: Tensor, number: tuple[int, int] = (0, 0)) -> Tensor:
+    def forward(self, x: Tensor, number: tuple[int, ...] = (0, 0)) -> Tensor:
         if not (self.drawing and self.training):
             return super().forward(x)
         for name, block in self.named_children():
@@ -60,6 +61,16 @@ class Segment(nn.Sequential):
         self.drawing, self.averse = frozenset(drawing), frozenset(averse)
         return x
 
+    def outline(self, x: Tensor) -> Tensor:
+        """Let go of the weights, which live in another process, for shapes on meta; return zeros for the output."""
+        _to_meta(self)
+        try:
+            with torch.no_grad(), evaluating(self):
+                out = nn.Sequential.forward(self, x.to("meta"))
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            raise ValueError(_misfit(next(iter(self.labels)), x, error)) from error
+        return torch.zeros_like(out, device=x.device)
+
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
@@ -71,6 +82,23 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+def _to_meta(module: nn.Module) -> None:
+    """`module.to("meta")`, also where a lazy layer has no shape yet."""
+    for part in module.modules():
+        for kept in (part._parameters, part._buffers):
+            for name, value in kept.items():
+                if value is not None:
+                    kept[name] = _on_meta(value)  # type: ignore[assignment]
+
+
+def _on_meta(value: Tensor) -> Tensor:
+    if isinstance(value, nn.Parameter):
+        if is_lazy(value):
+            return UninitializedParameter(value.requires_grad, device="meta")
+        return nn.Parameter(value.detach().to("meta"), value.requires_grad)
+    return UninitializedBuffer(device="meta") if is_lazy(value) else value.to("meta")  # type: ignore[call-arg]
 
 
 def _seed(seed: int, device: torch.device) -> None:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from splitlearn.layout import Party
 from splitlearn.ledger import is_alice
 from splitlearn.link import Link
-from splitlearn.live import SERVER
+from splitlearn.wire import SERVER
 
 MOVING = ("weights", "weight_gradient", "optimizer_state")
 

@@ -52,7 +52,7 @@ class Watch(Callback):
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not trainer.loggers or not every or step % every:
             return
-        scalars = {"train/loss_step": learner.last_loss}
+        scalars = {"train/loss_step": learner.epoch_loss.last}
         for role, optimizer in learner.stepper.optimizers.items():
             scalars[f"lr/{role}"] = optimizer.param_groups[0]["lr"]
             scalars[f"grad_norm/{role}"] = float(_norm(learner.network.parameters_of(role)))
@@ -75,6 +75,8 @@ class Watch(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
         writers = _writers(trainer)
         if not writers or self.fields is None or trainer.current_epoch % self.every_n_epochs:
+            return
+        if not learner.network.complete:  # this party alone cannot run it all
             return
         fields = {name: field.to(learner.device) for name, field in self.fields.items()}
         with trainer.precision_plugin.forward_context():

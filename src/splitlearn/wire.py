@@ -1,13 +1,21 @@
-"""What is between two parties: every tensor that one sends another goes through `Wire.carry`."""
+"""What is between two parties: every tensor that one sends another goes through `Wire.carry`.
+
+The program is written once, for all parties, and a process runs the lines of those that it plays. What another process
+holds is a meta tensor here: its shape is known, its content is not.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from splitlearn.layout import Party
+from splitlearn.layout import Party, Role
 from splitlearn.ledger import KINDS, Ledger
+
+SERVER = "server"
+"""The party that keeps, hands on and averages the weights of the Alices (SplitFed's fed server). It sees no data."""
 
 
 class Message(NamedTuple):
@@ -41,14 +49,35 @@ class Wire:
         """Whether `party` lives in this process."""
         return True
 
+    def hosts(self, role: Role) -> bool:
+        """Whether weights of `role` live in this process."""
+        return True
+
     def carry(self, tensor: Tensor, src: Party, dst: Party, kind: str) -> Tensor:
         """Bring `tensor` from `src` to `dst` and return what `dst` receives: same shape and dtype, no graph.
+
+        An activation wants a gradient where the one that was sent does. Where `src` lives elsewhere, `tensor` tells the
+        shape alone; where `dst` does, what is returned does.
 
         Raises ValueError for a `kind` that the ledger does not know.
         """
         if kind not in KINDS:
             raise ValueError(f"`kind` (={kind}) must be one of {', '.join(KINDS)}")
-        payload = tensor.detach()
+        received = self._move(tensor.detach(), src, dst, kind)
+        return received.requires_grad_(tensor.requires_grad) if kind == "activation" else received
+
+    def carry_all(self, tensors: Mapping[str, Tensor], src: Party, dst: Party, kind: str) -> dict[str, Tensor]:
+        """Bring tensors by name, and return what `dst` receives: nothing where it lives elsewhere.
+
+        Where `src` lives elsewhere, `tensors` tells the shapes alone.
+        """
+        return {name: self.carry(tensor, src, dst, kind) for name, tensor in tensors.items()}
+
+    def gather(self, values: Any) -> list[Any]:
+        """Return what every process has given, in the same order to all. `values` is what JSON can hold."""
+        return [values]
+
+    def _move(self, payload: Tensor, src: Party, dst: Party, kind: str) -> Tensor:
         if self.taps:
             payload = self._heard(Message(src, dst, kind, payload))
         self.ledger.add(src, dst, kind, payload.nbytes)
@@ -60,6 +89,13 @@ class Wire:
             if tap.party in (message.src, message.dst):
                 message = message._replace(tensor=_hear(tap, message))
         return message.tensor
+
+
+class Absent(Wire):
+    """Plays nobody: only shapes cross."""
+
+    def plays(self, party: Party) -> bool:
+        return False
 
 
 def _hear(tap: Tap, message: Message) -> Tensor:
