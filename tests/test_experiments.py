@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from splitlearn.train import CONF, build, train
+from splitlearn.build import build
+from splitlearn.train import CONF, train
 
 FEW = ("trainer.max_epochs=1", "trainer.limit_train_batches=5")
 TINY_BATCHES = (

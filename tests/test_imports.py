@@ -18,12 +18,14 @@ LAYERS = [
     *("data.holdout", "data.loader", "data.module", "data"),
     *("optimizers", "learner", "prediction"),
     *("drawing", "picture", "accuracy", "watch", "callbacks", "judging"),
-    *("engines", "engines.simulated"),
-    *("sweep", "train", "advise"),
+    *("star", "hub", "transports", "remote"),
+    *("engines", "engines.simulated", "engines.snapshots", "engines.together", "engines.wiring"),
+    *("engines.federation", "engines.processes"),
+    *("build", "report", "sweep", "federate", "train", "advise"),
 ]
 LIGHTNING = (
     *("pace", "data", "optimizers", "learner", "prediction", "watch", "callbacks", "judging"),
-    *("attacks", "engines", "train"),
+    *("attacks", "engines", "build", "report", "federate", "train"),
 )
 
 
@@ -65,7 +67,7 @@ def test_a_file_imports_only_from_the_layers_before_its_own(name):
 
 @pytest.mark.parametrize("package", ["hydra", "omegaconf"])
 def test_only_entry_points_see_configurations(package):
-    assert outside(package, ("sweep", "train", "advise")) == []
+    assert outside(package, ("build", "report", "sweep", "federate", "train", "advise")) == []
 
 
 def test_lightning_stays_out_of_the_crossing():
@@ -74,7 +76,7 @@ def test_lightning_stays_out_of_the_crossing():
 
 def test_torch_distributed_is_only_where_processes_are():
     named = [name for name, path in FILES.items() if "torch.distributed" in path.read_text()]
-    assert set(named) <= {"wire", "engines.processes"}
+    assert set(named) <= {"transports", "engines.wiring"}
 
 
 @pytest.mark.parametrize("name", FILES)

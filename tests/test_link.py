@@ -10,6 +10,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from runs import Recorder, difference, end_state, make_data, make_learner, make_trainer, results
 from torch import nn
 
+from splitlearn.build import build
 from splitlearn.callbacks import Results
 from splitlearn.errors import InputError
 from splitlearn.layout import multi_hop, two_party, u_shaped, vertical, whole
@@ -18,7 +19,6 @@ from splitlearn.means import Average, MeanGradient
 from splitlearn.prediction import Prediction
 from splitlearn.sharing import Handoff, Personal, Shared
 from splitlearn.timeline import Diary, Exchange, Timeline, in_rounds
-from splitlearn.train import build
 from splitlearn.train import train as run
 
 TWO_PARTY = two_party(BLOCKS, 2)

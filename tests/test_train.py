@@ -16,8 +16,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 
 from splitlearn import train as module
+from splitlearn.build import build
+from splitlearn.engines.simulated import Simulated
 from splitlearn.errors import DivergedError, InputError
-from splitlearn.train import CONF, build, train
+from splitlearn.train import CONF, train
 
 QUICK = ("trainer.max_epochs=1", "trainer.limit_train_batches=2", "logger=none")
 BLOCKS = "1: hidden1, 2: hidden2, 3: head"
@@ -259,7 +261,7 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(configure, tmp_path):
 
 def rates_and_kinds(cfg) -> dict[str, tuple[str, float]]:
     run = build(cfg)
-    run.engine.run(run.trainer, run.learner, run.data, None)
+    Simulated().run(run.trainer, run.learner, run.data, None)
     return {
         role: (type(optimizer).__name__, pytest.approx(optimizer.param_groups[0]["lr"]))
         for role, optimizer in run.learner.stepper.optimizers.items()
@@ -299,7 +301,7 @@ def test_gradients_are_clipped_by_the_trainers_keys(configure):
     def moved(*overrides: str) -> float:
         run = build(configure(*QUICK, "trainer.limit_train_batches=1", "optimizer.lr=1", *overrides))
         before = nn.utils.parameters_to_vector(run.learner.network.parameters_of("bob")).detach()
-        run.engine.run(run.trainer, run.learner, run.data, None)
+        Simulated().run(run.trainer, run.learner, run.data, None)
         after = nn.utils.parameters_to_vector(run.learner.network.parameters_of("bob")).detach()
         return float((after - before).norm())
 

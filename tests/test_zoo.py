@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
 
+from splitlearn.build import build
 from splitlearn.layout import two_party
 from splitlearn.models.zoo import cut_up, torchvision
 from splitlearn.network import Batch, SplitNetwork
 from splitlearn.seeds import derive
-from splitlearn.train import build, train
+from splitlearn.train import train
 from splitlearn.wire import Wire
 
 # Small ones, each with something of its own: skips, hard-swish in place, concatenation, tuples, attention, no pooling.

@@ -31,8 +31,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.utils.data import TensorDataset
 
+from splitlearn.build import Run, build
 from splitlearn.data import Source
-from splitlearn.train import CONF, Run, build
+from splitlearn.train import CONF
 
 NETWORKS = {"lenet": "schemes", "mlp": "mnist_2party"}  # and the experiment that cuts it
 SCHEMES = ("sequential", "fedavg", "splitfed_v1", "splitfed_v2")

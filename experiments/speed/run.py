@@ -23,8 +23,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from loops import by_hand, images, the_tutorials_way
 
+from splitlearn.build import build
 from splitlearn.data import Source
-from splitlearn.train import CONF, build
+from splitlearn.train import CONF
 
 
 class Turns(pl.Callback):

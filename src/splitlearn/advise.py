@@ -24,12 +24,14 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from splitlearn.build import as_input_error, build, make, one_line
 from splitlearn.cuts import Cut, Terms, compare, measure
 from splitlearn.data import Source
 from splitlearn.errors import InputError
 from splitlearn.layout import whole
+from splitlearn.report import quieten
 from splitlearn.schedule import Schedule
-from splitlearn.train import CONF, as_input_error, build, make, one_line, quieten
+from splitlearn.train import CONF
 
 # Shape of a sample, number of classes and of training rows, by the name of the source: of data that may not be there.
 KNOWN = {

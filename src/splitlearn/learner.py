@@ -118,9 +118,8 @@ class SplitLearner(pl.LightningModule):
         """The mean training loss over the rows of this epoch so far."""
         return self.epoch_loss.mean
 
-    @property
-    def kind(self) -> dict[str, str]:
-        """What a checkpoint must share with the run that goes on from it."""
+    def kind(self, data: object) -> dict[str, str]:
+        """What a checkpoint must share with the run that goes on from it, and each process with the others."""
         blocks = [block for _, segment in self.network.program for block in segment.named_children()]
         return {
             "layout": self.layout.describe(),
@@ -128,7 +127,7 @@ class SplitLearner(pl.LightningModule):
             "optimizer": self.options,
             "num_alices": str(len(self.schedule.takers)),
             "schedule": self.schedule.describe(),
-            "data": getattr(self.trainer.datamodule, "kind", "unknown"),  # type: ignore[attr-defined]
+            "data": getattr(data, "kind", "unknown"),
         }
 
     def configure_optimizers(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -181,8 +180,9 @@ class SplitLearner(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_finite(self, self.trainer.global_step)
+        self.rounds.settle()
         checkpoint["splitlearn"] = {
-            "kind": self.kind,
+            "kind": self.kind(self.trainer.datamodule),  # type: ignore[attr-defined]
             "rounds": self.rounds.state_dict(),
             "bytes": [self.ledger.table(), self.evaluation_ledger.table()],
             "passes": dict(self.ledger.passes),
@@ -193,7 +193,7 @@ class SplitLearner(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("splitlearn", {"kind": {"layout": "a model that splitlearn did not train"}})
-        check_kind(self.kind, state["kind"])
+        check_kind(self.kind(self.trainer.datamodule), state["kind"])  # type: ignore[attr-defined]
         self.rounds.load_state_dict(state["rounds"])
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._go_on(state, checkpoint["loops"]["fit_loop"])
@@ -235,9 +235,8 @@ class SplitLearner(pl.LightningModule):
 
     def _evaluate(self, batch: Batch, stage: str) -> list[Part]:
         parts: list[Part] = []
-        for alice, output, labels, owners in self.rounds.predict(batch):
-            if output.device.type == "meta":
-                continue
+        predicted = self.rounds.predict(batch)
+        for alice, output, labels, owners in (part for part in predicted if part[1].device.type != "meta"):
             loss = self.loss(output, labels)
             if not torch.isfinite(loss):
                 steps = self.trainer.global_step

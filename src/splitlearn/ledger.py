@@ -41,11 +41,14 @@ class Ledger:
             kinds[kind] = kinds.get(kind, 0) + num_bytes
         return table
 
+    def hear(self, table: dict[str, dict[str, int]], teller: Party, listener: Party) -> None:
+        """Take over what `teller` has counted of its own messages, but for those with `listener`, who counts too."""
+        told = {key: count for key, count in _counts(table).items() if teller in key[:2] and listener not in key[:2]}
+        self.num_bytes.update(told)
+
     def load(self, table: dict[str, dict[str, int]]) -> None:
         """Take the counts of an earlier `table()`, e.g. from a checkpoint."""
-        self.num_bytes = {
-            (*_split(pair), kind): num_bytes for pair, kinds in table.items() for kind, num_bytes in kinds.items()
-        }
+        self.num_bytes = _counts(table)
 
 
 @cache
@@ -57,6 +60,10 @@ def is_alice(party: Party) -> bool:
 def merged(party: Party) -> Party:
     """All Alices are `alice*`."""
     return "alice*" if is_alice(party) else party
+
+
+def _counts(table: dict[str, dict[str, int]]) -> dict[tuple[Party, Party, str], int]:
+    return {(*_split(pair), kind): num_bytes for pair, kinds in table.items() for kind, num_bytes in kinds.items()}
 
 
 def _split(pair: str) -> tuple[Party, Party]:

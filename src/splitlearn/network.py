@@ -84,6 +84,7 @@ class SplitNetwork(nn.Module):
         Return the output and the labels, both at the holder of the loss, and the tape of hops.
         """
         values = dict(batch.fields)
+        self.wire.number = batch.number[:2]  # what crosses between processes says which mini-batch it is of
         tape: list[Hop] = []
         for stage, segment in self.program:
             inputs = [self._bring(values, name, stage.role, cast, tape) for name in stage.inputs]

@@ -44,6 +44,7 @@ class Wire:
     def __init__(self) -> None:
         self.ledger = Ledger()
         self.taps: list[Tap] = []
+        self.number: tuple[int, ...] = (0, 0)  # epoch and place there of the mini-batch at hand
 
     def plays(self, party: Party) -> bool:
         """Whether `party` lives in this process."""

@@ -96,7 +96,7 @@ class TurnLoader:
         return shard[torch.randperm(len(shard), generator=generator)].split(self.batch_size)
 
     def _augmented(self, fields: Fields, number: tuple[int, int]) -> Fields:
-        if self.augment is None:
+        if self.augment is None or "x" not in fields:
             return fields
         generator = torch.Generator().manual_seed(derive(self.seed, "augment", *number))
         return {**fields, "x": self.augment(fields["x"], generator)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -15,7 +15,7 @@ from splitlearn.data.holdout import hold_out, owners_of, rows_trained_on, still_
 from splitlearn.data.loader import Augment, EvalLoader, TurnLoader
 from splitlearn.data.rows import Fields, InMemory, Normalise, Rows, Streamed, load, moments
 from splitlearn.data.sources import Source
-from splitlearn.layout import Party
+from splitlearn.layout import Party, Role
 from splitlearn.partition import all_rows, iid
 from splitlearn.partition import columns as deal_columns
 
@@ -98,6 +98,23 @@ class SplitData(pl.LightningDataModule):
         for ids in (self.val_ids, self.test_ids, self.owners, *self.shards.values(), *(self.columns or [])):
             digest.update(ids.numpy().tobytes())
         return f"seed {self.seed}, batch size {self.batch_size}, {len(self.rows)} rows split as {digest.hexdigest()}"
+
+    def keep(self, owners: Mapping[str, Role], plays: Callable[[Role], bool]) -> None:
+        """Let go of what belongs to other processes' parties: fields by their `owners`, and other Alices' rows.
+
+        Validation and test rows stay with every Alice, since whoever has the turn evaluates.
+        """
+        mine = [ids for taker, ids in self.shards.items() if plays(taker)]
+        names = [name for name, role in owners.items() if plays(role) or (role == "alice" and mine)]
+        ids = torch.cat([*mine, self.val_ids]).unique() if mine else None
+        if self.test_rows is not self.rows:
+            self.test_rows.keep(names)
+        elif ids is not None:
+            ids = torch.cat([ids, self.test_ids]).unique()
+        self.rows.keep(names, ids)
+        known = torch.zeros_like(self.labels, dtype=torch.bool)
+        known[slice(None) if ids is None else ids] = "y" in names
+        self.labels = torch.where(known, self.labels, -1)
 
     def sample(self, size: int = 2) -> Fields:
         """Return a few training rows, by which a network takes its shapes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -19,8 +19,12 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
+    def keep(self, names: Collection[str], ids: Tensor | None = None) -> None:
+        """Let go of all fields but these, and of all rows but `ids`; None keeps all rows."""
+        ...
+
     def stream(self, batches: Iterable[Tensor], device: torch.device) -> Iterator[Fields]:
-        """Yield the fields of each batch of row indices in turn, on `device`."""
+        """Yield the fields of each batch of row indices in turn, on `device`; none where rows were let go of."""
         ...
 
 
@@ -63,14 +67,25 @@ class InMemory:
         if len(x) != len(y):
             raise ValueError(f"{len(x)} inputs and {len(y)} labels: every row must have both")
         self.fields: Fields = {**prepare(x), "y": y}
+        self.num_rows = len(y)
+        self.places: Tensor | None = None  # of each row among those kept, -1 where it is not; None: all are kept
 
     def __len__(self) -> int:
-        return len(self.fields["y"])
+        return self.num_rows
+
+    def keep(self, names: Collection[str], ids: Tensor | None = None) -> None:
+        self.fields = {
+            name: field if ids is None else field[ids] for name, field in self.fields.items() if name in names
+        }
+        if ids is not None:
+            self.places = torch.full((self.num_rows,), -1)
+            self.places[ids] = torch.arange(len(ids))
 
     def stream(self, batches: Iterable[Tensor], device: torch.device) -> Iterator[Fields]:
         for rows in batches:
-            rows = rows.to(self.fields["y"].device)
-            yield {name: field.index_select(0, rows).to(device) for name, field in self.fields.items()}
+            places = rows if self.places is None else self.places[rows]
+            kept = self.fields if self.places is None or int(places.min()) >= 0 else {}
+            yield {name: field.index_select(0, places.to(field.device)).to(device) for name, field in kept.items()}
 
 
 class Streamed:
@@ -78,19 +93,35 @@ class Streamed:
 
     def __init__(self, dataset: Dataset, prepare: Prepare, num_workers: int = 0) -> None:
         self.dataset, self.prepare, self.num_workers = dataset, prepare, num_workers
+        self.names: Collection[str] | None = None  # None: all
+        self.kept = torch.ones(len(dataset), dtype=torch.bool)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
+    def keep(self, names: Collection[str], ids: Tensor | None = None) -> None:
+        self.names = names
+        if ids is not None or not names:
+            self.kept = torch.zeros_like(self.kept)
+            self.kept[ids if names else []] = True
+
     def stream(self, batches: Iterable[Tensor], device: torch.device) -> Iterator[Fields]:
+        batches = list(batches)
+        wanted = [bool(self.kept[rows].all()) for rows in batches]
         loader = DataLoader(
             self.dataset,
-            batch_sampler=[rows.tolist() for rows in batches],
+            batch_sampler=[rows.tolist() for rows, wants in zip(batches, wanted, strict=True) if wants],
             num_workers=self.num_workers,
             pin_memory=device.type == "cuda",
         )
-        for x, y in loader:
-            yield {**self.prepare(x.to(device, non_blocking=True)), "y": y.to(device, non_blocking=True).long()}
+        read = iter(loader)
+        for wants in wanted:
+            x, y = next(read) if wants else (None, None)
+            yield {} if x is None or y is None else self._fields(x, y, device)
+
+    def _fields(self, x: Tensor, y: Tensor, device: torch.device) -> Fields:
+        fields = {**self.prepare(x.to(device, non_blocking=True)), "y": y.to(device, non_blocking=True).long()}
+        return {name: field for name, field in fields.items() if self.names is None or name in self.names}
 
 
 def load(dataset: Dataset) -> tuple[Tensor, Tensor]:

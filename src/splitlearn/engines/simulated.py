@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,11 +13,16 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from splitlearn.data import SplitData
 from splitlearn.errors import InputError
 from splitlearn.learner import SplitLearner
-from splitlearn.wire import Wire
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
     """Loads tensors and plain values only: a checkpoint that somebody sent can run no code here."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Under another name first: a process that dies in the middle leaves no half of a file."""
+        unfinished = Path(f"{path}.tmp")
+        super().save_checkpoint(checkpoint, unfinished, storage_options)
+        os.replace(unfinished, path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         try:
@@ -29,9 +36,6 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 class Simulated:
     """Trains and tests in this process; its wire carries from one party to the other in memory."""
-
-    def make_wire(self) -> Wire:
-        return Wire()
 
     def run(self, trainer: pl.Trainer, learner: SplitLearner, data: SplitData, ckpt: str | None) -> dict[str, float]:
         """Fit, from `ckpt` on if it is given, and test; return the last value of every metric."""

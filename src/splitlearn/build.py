@@ -1,0 +1,157 @@
+"""From a configuration to the objects of a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.callbacks import Callback, Checkpoint, ProgressBar
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from splitlearn.data import SplitData
+from splitlearn.engines.simulated import SafeCheckpointIO
+from splitlearn.errors import InputError
+from splitlearn.learner import SplitLearner
+from splitlearn.network import SplitNetwork, check_blocks
+from splitlearn.wire import Wire
+
+LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
+READ_BY_SOURCE = ("source", "root", "download", "image_size", "label")
+MAKING = (
+    InstantiationException,
+    MisconfigurationException,
+    OmegaConfBaseException,
+    FileNotFoundError,
+    TypeError,
+    ValueError,
+)
+
+
+make = partial(instantiate, _convert_="all")
+
+
+class Run(NamedTuple):
+    """What a configuration stands for."""
+
+    data: SplitData
+    learner: SplitLearner
+    trainer: pl.Trainer
+
+
+def build(cfg: DictConfig, wire: Wire | None = None) -> Run:
+    """Make the objects of a run from its configuration; each checks what it is given.
+
+    `wire` is that of the party whose part of the run this is; None makes all of it.
+    """
+    OmegaConf.resolve(cfg)
+    _bring(cfg)
+    _check(cfg)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    source = make(cfg.data.source)
+    model = make(cfg.model, num_classes=source.num_classes)
+    layout = make(cfg.layout, list(check_blocks(model)))
+    takers = layout.takers(cfg.num_alices)
+    data = make(
+        _without(cfg.data, READ_BY_SOURCE),
+        source,
+        takers,
+        len(layout.fields),
+        partition=make(cfg.partition),
+        seed=cfg.seed,
+    )
+    network = SplitNetwork(model, layout, Wire() if wire is None else wire, data.sample(), cfg.seed)
+    if wire is not None:
+        data.keep(layout.owners, wire.plays)
+    schedule = make(_without(cfg.schedule, ("sets",)), takers, seed=cfg.seed)
+    learner = _make_learner(cfg, network, schedule, source.num_classes)
+    return Run(data, learner, _make_trainer(cfg))
+
+
+def _check(cfg: DictConfig) -> None:
+    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed <= LARGEST_SEED:
+        raise InputError(f"`seed` (={cfg.seed}) must be a whole number from 0 to {LARGEST_SEED}")
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise InputError(f"{', '.join(f'`{key}`' for key in missing)} must be given: {missing[0]}=...")
+    if cfg.ckpt is not None and not Path(cfg.ckpt).is_file():
+        raise InputError(f"`ckpt` (={cfg.ckpt}) is not a file: name a checkpoint, or leave `ckpt` out to train anew")
+
+
+def _bring(cfg: DictConfig) -> None:
+    """A scheme may bring a layout of its own, and says so where another one was asked for."""
+    for key, value in cfg.schedule.get("sets", {}).items():
+        if cfg[key] != value:
+            logging.getLogger(__name__).info("schedule brings %s: %s", key, value)
+        cfg[key] = value
+
+
+def _without(cfg: DictConfig, keys: Sequence[str]) -> DictConfig:
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in keys])
+
+
+@contextmanager
+def as_input_error() -> Iterator[None]:
+    """While objects are made, an error is about what was asked for.
+
+    A ValueError names its cure. A call that does not fit is told with the key where it stands.
+    """
+    try:
+        yield
+    except MAKING as error:
+        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+        if isinstance(cause, (ValueError, FileNotFoundError, ImportError)):
+            raise InputError(one_line(cause)) from error
+        raise InputError(f"{one_line(error)}: `--cfg job` shows the options and their values") from error
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _make_learner(cfg: DictConfig, network: SplitNetwork, schedule: Any, num_classes: int) -> SplitLearner:
+    # A role's own entry changes the common optimizer, or replaces it when it says what it is.
+    overrides = {
+        role: make(own) if "_target_" in own else make(cfg.optimizer, **own) for role, own in cfg.optimizers.items()
+    }
+    return SplitLearner(
+        network,
+        schedule,
+        make(cfg.optimizer),
+        make(cfg.loss),
+        num_classes,
+        optimizers=overrides,
+        gradient_clip_val=cfg.trainer.gradient_clip_val,
+        gradient_clip_algorithm=cfg.trainer.gradient_clip_algorithm,
+        steps_per_execution=cfg.steps_per_execution,
+        micro_batches=cfg.micro_batches,
+        **make(cfg.scheduler),
+    )
+
+
+def _make_trainer(cfg: DictConfig) -> pl.Trainer:
+    """Lightning refuses to clip in manual optimization, so the learner clips."""
+    trainer = make(
+        cfg.trainer,
+        gradient_clip_val=None,
+        logger=list(make(cfg.logger).values()),
+        callbacks=_make_callbacks(cfg),
+        plugins=[SafeCheckpointIO()],
+    )
+    if trainer.world_size != 1:
+        raise InputError(f"`trainer.devices` (={cfg.trainer.devices}) must be 1: the parties of a run share one device")
+    return trainer
+
+
+def _make_callbacks(cfg: DictConfig) -> list[Callback]:
+    """Lightning refuses to be given a bar or a checkpoint callback and told to have none."""
+    wanted = {ProgressBar: cfg.trainer.enable_progress_bar, Checkpoint: cfg.trainer.enable_checkpointing}
+    callbacks = make(cfg.callbacks).values()
+    return [c for c in callbacks if all(keep for kind, keep in wanted.items() if isinstance(c, kind))]

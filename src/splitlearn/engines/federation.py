@@ -1,0 +1,219 @@
+"""One party's process among the others: it greets them, trains its part of the program, and leaves."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+
+from splitlearn.data import SplitData
+from splitlearn.engines.snapshots import Snapshots, newest_common, path_of, steps_in
+from splitlearn.engines.together import Together
+from splitlearn.engines.wiring import Wiring
+from splitlearn.errors import InputError
+from splitlearn.hub import Hub
+from splitlearn.layout import Party
+from splitlearn.learner import SplitLearner
+from splitlearn.ledger import is_alice
+from splitlearn.means import Average, MeanGradient
+from splitlearn.remote import WIDEST, RemoteWire
+from splitlearn.sharing import Handoff
+from splitlearn.star import Greeting, Member, Star
+from splitlearn.wire import SERVER
+
+LOST, FAILED, ORPHANED = 3, 1, 4  # exit codes
+GOODBYE = 0.3  # seconds until what was said last has left
+COMPARED = ("version", "torch", "layout", "model", "num_alices", "schedule", "data")
+
+
+class Attempt(NamedTuple):
+    """What a process is to do: play `party`, at `address`; `run` and `gone` are those of an earlier attempt, if any."""
+
+    party: Party
+    address: str
+    run: str | None = None
+    gone: tuple[Party, ...] = ()
+
+
+class Federation:
+    """Arguments:
+    attempt: whom this process plays, and where.
+    wiring: what carries the frames.
+    timeout, join_timeout, save_every_n_steps: see conf/engine/processes.yaml.
+    post: tells the process that started this one.
+    """
+
+    def __init__(
+        self, attempt: Attempt, wiring: Wiring, timeout: float, join_timeout: float, save_every_n_steps: int, post: Any
+    ) -> None:
+        self.attempt, self.wiring, self.timeout, self.join_timeout = attempt, wiring, timeout, join_timeout
+        self.save_every_n_steps, self.post = save_every_n_steps, post
+        self.wire = RemoteWire(attempt.party)
+        self.learner: SplitLearner | None = None
+        self.star: Star | None = None
+
+    def run(
+        self,
+        trainer: pl.Trainer,
+        learner: SplitLearner,
+        data: SplitData,
+        shared: Mapping[str, Any],
+        ckpt: str | None,
+    ) -> dict[str, float]:
+        """Join the others, fit and test; return the last value of every metric.
+
+        `shared` is the part of the configuration that all must have alike, `ckpt` the folder of a run to go on from.
+        """
+        self.learner, self.data, parties = learner, data, parties_of(learner)
+        self._check(parties, trainer)
+        folder = Path(ckpt or trainer.default_root_dir).resolve()
+        folder = (folder / self.attempt.party if ckpt else folder) / "snapshots"
+        star, welcome = self._meet(parties, self._greeting(shared, folder, ckpt))
+        run, step, gone = welcome["run"], welcome["step"], tuple(welcome["gone"])
+        self.post({"run": run, "step": step})
+        transport = self.wiring.transport(star, welcome)
+        self.wire.device = trainer.strategy.root_device
+        self.wire.connect(transport, star.parties, bytes.fromhex(run), self.wiring.seals(star, welcome))
+        saves = Snapshots(Path(trainer.default_root_dir) / "snapshots", self.save_every_n_steps, run)
+        trainer.callbacks[:0] = [Together(gone)]  # type: ignore[attr-defined]
+        trainer.callbacks.append(saves)  # type: ignore[attr-defined]
+        trainer.fit(learner, datamodule=data, ckpt_path=path_of(folder, run, step) if step else None)
+        metrics = dict(trainer.callback_metrics)
+        trainer.test(learner, datamodule=data, verbose=False)
+        self.wire.gather("farewell")
+        star.close(self.timeout)
+        return {name: float(value) for name, value in {**metrics, **trainer.callback_metrics}.items()}
+
+    def give_up(self, why: str) -> None:
+        """Tell the others why this party cannot go on."""
+        if self.star is not None:
+            self.star.give_up(why)
+            time.sleep(GOODBYE)
+
+    def _check(self, parties: Sequence[Party], trainer: pl.Trainer) -> None:
+        party = self.attempt.party
+        if party not in parties:
+            raise InputError(f"`engine.party` (={party}) must be one of the parties: {', '.join(parties)}")
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            raise InputError(
+                "`trainer.precision` (=16-mixed) scales all gradients alike, and each process would scale its own: "
+                "take bf16-mixed"
+            )
+
+    def _greeting(self, shared: Mapping[str, Any], folder: Path, ckpt: str | None) -> Greeting:
+        assert self.learner is not None
+        identity = self.wiring.identity(self.attempt.party)
+        return {
+            "party": self.attempt.party,
+            "version": version("splitlearn"),
+            "torch": torch.__version__.partition("+")[0],
+            **{name: value for name, value in self.learner.kind(self.data).items() if name != "optimizer"},
+            "config": dict(shared),
+            "run": self.attempt.run,
+            "resumes": ckpt is not None,
+            "snapshots": steps_in(folder),
+            "certificate": None if identity is None else identity.certificate.decode(),
+        }
+
+    def _meet(self, parties: list[Party], greeting: Greeting) -> tuple[Star, Greeting]:
+        hub, party = parties[0], self.attempt.party
+        present = [other for other in parties if other not in self.attempt.gone]
+        self.wiring.check(self.attempt.address)
+        identity = self.wiring.identity(party)
+        limit = self._largest()
+        if party != hub:
+            member = self.star = Member(party, hub, self._address(), identity, limit, self.timeout, self._lost)
+            return member, member.join(greeting, self.join_timeout)
+        listener = self.star = Hub(party, self.attempt.address, identity, limit, self.timeout, self._lost)
+        self.post({"port": listener.port})
+        greetings = listener.gather(present, lambda other: check_greeting(greeting, other, party), self.join_timeout)
+        greetings[party] = greeting
+        run, step = agree(greetings, self.attempt.run)
+        welcome = {
+            "party": party,
+            "parties": present,
+            "run": run,
+            "step": step,
+            "gone": self.attempt.gone,
+            "certificates": {name: greetings[name]["certificate"] for name in present},
+            **self.wiring.offer(listener),
+        }
+        listener.welcome(welcome)
+        return listener, welcome
+
+    def _address(self) -> str:
+        """Where the hub listens; a port that is still to be chosen is told by the process that started this one."""
+        host, _, port = self.attempt.address.rpartition(":")
+        return self.attempt.address if port != "0" else f"{host}:{self.post.port()}"
+
+    def _largest(self) -> int:
+        """The most bytes that a message may need: a tensor of the weights, or the activation of a mini-batch."""
+        assert self.learner is not None
+        network = self.learner.network
+        sizes = [p.numel() for _, segment in network.program for p in segment.parameters()]
+        rows = max(self.data.batch_size, self.data.eval_batch_size)
+        return WIDEST * max([*sizes, *(rows * value[0].numel() for value in network.shapes.values())])
+
+    def _lost(self, party: Party, why: str) -> None:
+        """Nothing can be done here: what counts is on disk. The process that started this one knows how to go on."""
+        step = self.learner.trainer.global_step if self.learner is not None else 0
+        self.post({"lost": party, "why": why, "step": step})
+        time.sleep(GOODBYE)
+        os._exit(LOST)
+
+
+def parties_of(learner: SplitLearner) -> list[Party]:
+    """Everybody who takes part, the hub first: Bob; where there is no Bob, the server or the first Alice."""
+    schedule, layout = learner.schedule, learner.layout
+    takers = list(schedule.takers) if "alice" in layout.roles else []
+    others = [role for role in layout.roles if role != "alice"]
+    serves = isinstance(schedule.alice, Average | MeanGradient) or getattr(schedule.alice, "handoff", "") == "server"
+    server = [SERVER] if takers and serves and not (isinstance(schedule.alice, Handoff) and len(takers) == 1) else []
+    everybody = [*others, *server, *takers]
+    first = "bob" if "bob" in others else next((p for p in everybody if not is_alice(p)), everybody[0])
+    return [first, *(party for party in everybody if party != first)]
+
+
+def check_greeting(ours: Greeting, theirs: Greeting, hub: Party) -> None:
+    """Raises InputError that names the first difference."""
+    party = theirs["party"]
+    for key in (*COMPARED, "resumes"):
+        if ours[key] != theirs.get(key):
+            raise InputError(f"`{key}` is {ours[key]} at {hub} and {theirs.get(key)} at {party}: they must be the same")
+    for key in sorted({*ours["config"], *theirs["config"]}):
+        mine, others = ours["config"].get(key), theirs["config"].get(key)
+        if mine != others:
+            raise InputError(f"`{key}` is {mine} at {hub} and {others} at {party}: all must be started with the same")
+
+
+def agree(greetings: Mapping[Party, Greeting], known: str | None) -> tuple[str, int]:
+    """Return the run that all belong to, and the step that they go on from, 0 for its start.
+
+    Raises InputError where somebody lacks what the others go on from.
+    """
+    runs = {greeting["run"] for greeting in greetings.values() if greeting["run"]} | ({known} - {None})
+    offers = [
+        {run: steps for run, steps in greeting["snapshots"].items() if not runs or run in runs}
+        for greeting in greetings.values()
+    ]
+    resumes = any(greeting["resumes"] for greeting in greetings.values())
+    if not runs and not resumes:
+        return uuid.uuid4().hex, 0
+    found = newest_common(offers)
+    if found is not None:
+        return found
+    having = [party for party, offer in zip(greetings, offers, strict=True) if offer]
+    lacking = [party for party, offer in zip(greetings, offers, strict=True) if not offer]
+    if resumes or having:
+        raise InputError(
+            f"there is no step of which all have a snapshot ({', '.join(lacking) or 'nobody'} has none of this run): "
+            "start each with the folder of the run, by `ckpt=FOLDER` or the `hydra.run.dir` that it had"
+        )
+    return str(next(iter(runs))), 0

@@ -1,0 +1,67 @@
+"""Checkpoints that all parties take at one step, so that a whole federation can go on from them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
+
+from splitlearn.learner import SplitLearner
+
+NAME = re.compile(r"([0-9a-f]{32})-step(\d+)\.ckpt")
+KEPT = 2  # a party that dies while it saves has the one before
+
+
+class Snapshots(Checkpoint):
+    """Every `every_n_steps` mini-batches each party saves, and goes on when all have.
+
+    Arguments:
+        folder: of this party; run: what tells this run from another one in the same folder, in hexadecimal.
+    """
+
+    content_with_stretches = True
+
+    def __init__(self, folder: Path, every_n_steps: int, run: str) -> None:
+        self.folder, self.run = folder, run
+        self._every_n_train_steps = every_n_steps  # where `Pace` ends a stretch
+        self.last = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.last = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, learner: SplitLearner, *_: Any) -> None:  # type: ignore[override]
+        step = trainer.global_step
+        if step % self._every_n_train_steps or step == self.last:
+            return
+        self.last = step
+        trainer.save_checkpoint(path_of(self.folder, self.run, step))
+        learner.network.wire.gather(step)
+        for old in steps_in(self.folder).get(self.run, [])[:-KEPT]:
+            path_of(self.folder, self.run, old).unlink()
+
+
+def path_of(folder: Path, run: str, step: int) -> Path:
+    return folder / f"{run}-step{step}.ckpt"
+
+
+def steps_in(folder: Path) -> dict[str, list[int]]:
+    """Return the steps of which `folder` has snapshots, ascending, by run."""
+    steps: dict[str, list[int]] = {}
+    for match in filter(None, (NAME.fullmatch(path.name) for path in folder.glob("*.ckpt"))):
+        steps.setdefault(match[1], []).append(int(match[2]))
+    return {run: sorted(found) for run, found in steps.items()}
+
+
+def newest_common(offers: list[dict[str, list[int]]]) -> tuple[str, int] | None:
+    """Return (run, step) of the newest snapshot that all have, each of whom offers `steps_in` his folder."""
+    common = [
+        (step, run)
+        for run, steps in offers[0].items()
+        for step in steps
+        if all(step in offer.get(run, []) for offer in offers)
+    ]
+    step, run = max(common, default=(0, ""))
+    return (run, step) if run else None

@@ -1,0 +1,70 @@
+"""What the processes of a run tell each other at the end of an epoch, and what each party spends its time on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from splitlearn.layout import Party
+from splitlearn.learner import SplitLearner
+from splitlearn.remote import RemoteWire
+
+
+class Together(Callback):
+    """Tells all the epoch's loss and everybody's bytes and seconds. First of the callbacks, so that others know them.
+
+    Logs `seconds/computing/PARTY`, `seconds/waiting/PARTY` and `seconds/wire/PARTY`, of training so far.
+
+    Arguments:
+        gone: the Alices who are left out.
+    """
+
+    content_with_stretches = True
+
+    def __init__(self, gone: Collection[Party] = ()) -> None:
+        self.gone = list(gone)
+        self.parties: dict[Party, dict[str, Any]] = {}
+        self.computed = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
+        learner.rounds.leave_out(self.gone)
+        self.began = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
+        told = self._tell(learner, {"loss": learner.epoch_loss.sums})
+        for each in told:
+            learner.epoch_loss.sums.update(each["loss"])
+        scalars = {
+            f"seconds/{what}/{party}": seconds
+            for party, account in self.parties.items()
+            for what, seconds in account["seconds"].items()
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=trainer.global_step)
+
+    def on_test_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
+        self._tell(learner, {})
+
+    def run_costs(self) -> dict[str, Any]:
+        """What results.json has of it at the top."""
+        return {"parties": self.parties, **({"left_out": self.gone} if self.gone else {})}
+
+    def _tell(self, learner: SplitLearner, more: dict[str, Any]) -> list[dict[str, Any]]:
+        wire = learner.network.wire
+        assert isinstance(wire, RemoteWire)
+        spent = time.perf_counter() - self.began
+        seconds = {"computing": spent - sum(wire.seconds.values()), **wire.seconds}
+        account = {"seconds": {what: round(value, 3) for what, value in seconds.items()}}
+        tables = [learner.ledger.table(), learner.evaluation_ledger.table()]
+        own = {"party": wire.party, **account, "overhead_bytes": dict(wire.overhead)}
+        told = wire.gather({"own": own, "tables": tables, **more})
+        for each in told:
+            party = each["own"].pop("party")
+            self.parties[party] = each["own"]
+            for ledger, table in zip((learner.ledger, learner.evaluation_ledger), each["tables"], strict=True):
+                ledger.hear(table, party, wire.party)
+        return told

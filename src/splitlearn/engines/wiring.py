@@ -1,0 +1,117 @@
+"""What lies between the processes of a run: how their streams are secured, and what carries the frames."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torch import distributed as dist
+
+from splitlearn.certificates import Identity
+from splitlearn.errors import InputError
+from splitlearn.hub import Hub
+from splitlearn.layout import Party
+from splitlearn.remote import Transport
+from splitlearn.sealing import Seal
+from splitlearn.star import Member, Star
+from splitlearn.transports import Gloo, Streams
+
+
+class Wiring:
+    """Streams in the clear."""
+
+    def identity(self, party: Party) -> Identity | None:
+        """Certificate and key of `party` for mutual TLS; None in the clear."""
+        return None
+
+    def check(self, address: str) -> None:
+        """Raises InputError for an address that this wiring must not be used at."""
+
+    def offer(self, star: Star) -> dict[str, Any]:
+        """What the hub tells all in its welcome."""
+        return {}
+
+    def transport(self, star: Star, welcome: Mapping[str, Any]) -> Transport:
+        return Streams(star)
+
+    def seals(self, star: Star, welcome: Mapping[str, Any]) -> dict[Party, Seal]:
+        """For those whose frames go by way of the hub."""
+        return {}
+
+
+class GlooWiring(Wiring):
+    """torch.distributed's gloo, in the clear: for a network that one trusts. The streams carry greetings alone."""
+
+    def offer(self, star: Star) -> dict[str, Any]:
+        assert isinstance(star, Hub)
+        # A store of its own for each attempt: an old one would hand out the addresses of the dead.
+        self.store = dist.TCPStore(star.host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        return {"store": self.store.port}
+
+    def transport(self, star: Star, welcome: Mapping[str, Any]) -> Transport:
+        if isinstance(star, Hub):
+            return Gloo(star.party, star.parties, self.store, star.host)
+        assert isinstance(star, Member)
+        host = star.address.rpartition(":")[0]
+        store = dist.TCPStore(host, welcome["store"], is_master=False, timeout=timedelta(seconds=60))
+        return Gloo(star.party, star.parties, store, star.local_host)
+
+
+class GrpcWiring(Wiring):
+    """gRPC streams with mutual TLS; frames that go by way of the hub are sealed for whom they are for.
+
+    Arguments:
+        certificates: the party's folder, made by `python -m splitlearn.certificates`.
+        tls: False talks in the clear, on loopback alone.
+    """
+
+    def __init__(self, certificates: str | None = None, tls: bool | str = True) -> None:
+        if tls not in (True, False, "on", "off"):
+            raise InputError(f"`wire.tls` (={tls}) must be true or false")
+        self.certificates, self.tls = certificates, tls in (True, "on")
+        self.mine: Identity | None = None
+
+    @property
+    def needs_certificates(self) -> bool:
+        return self.tls and self.certificates is None
+
+    def identity(self, party: Party) -> Identity | None:
+        if not self.tls:
+            return None
+        if self.certificates is None:
+            raise InputError(
+                "`wire.certificates` must name the folder of this party's certificate: make one for each party by "
+                "`python -m splitlearn.certificates --parties ...`"
+            )
+        self.mine = self.mine or Identity.load(Path(self.certificates), party)
+        return self.mine
+
+    def check(self, address: str) -> None:
+        if not self.tls and not _is_loopback(address.rpartition(":")[0]):
+            raise InputError(
+                f"`wire.tls` (=off) talks in the clear, on loopback alone, not at {address}: leave it out, and give "
+                "each party its certificate by `wire.certificates`"
+            )
+
+    def seals(self, star: Star, welcome: Mapping[str, Any]) -> dict[Party, Seal]:
+        hub, *members = star.parties
+        if self.mine is None or star.party == hub:
+            return {}
+        run = bytes.fromhex(welcome["run"])
+        return {
+            other: Seal(self.mine, welcome["certificates"][other].encode(), other, run)
+            for other in members
+            if other != star.party
+        }
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,158 @@
+"""One process per party: what each is told to do, of a configuration that all share."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from splitlearn.build import Run, as_input_error, build, make, one_line
+from splitlearn.certificates import make_certificates
+from splitlearn.drawing import draw
+from splitlearn.engines.federation import FAILED, Attempt, Federation, parties_of
+from splitlearn.engines.processes import PartyLostError, Play, Post, Processes
+from splitlearn.engines.wiring import GrpcWiring
+from splitlearn.errors import DivergedError, InputError
+from splitlearn.frame import FrameError
+from splitlearn.layout import Party
+from splitlearn.report import log_hyperparameters, print_table, quieten
+from splitlearn.sealing import SealError
+
+# What each host may have in its own way; all the rest must be the same everywhere.
+LOCAL = (
+    *("output_dir", "ckpt", "metric", "logger", "callbacks", "engine", "wire.certificates"),
+    *("data.root", "data.download", "data.num_workers", "data.in_memory", "data.source.root", "data.source.download"),
+    *("trainer.accelerator", "trainer.devices", "trainer.enable_progress_bar", "trainer.default_root_dir"),
+    *("trainer.profiler", "trainer.benchmark", "trainer.log_every_n_steps", "trainer.enable_model_summary"),
+)
+# Of the simulator alone: Ctrl-C reaches the process that starts the others, and the drawing is of all parties.
+NOT_HERE = ("splitlearn.callbacks.Interrupt", "splitlearn.callbacks.Drawing")
+
+
+def federate(cfg: DictConfig, engine: Processes) -> dict[str, float]:
+    """Train and test with one process per party, all of them or the one that `engine.party` names.
+
+    Returns the metrics; leaves `results.json` and a folder for each party in the run's folder. Raises InputError for
+    what does not fit, PartyLostError when a party is lost and the run cannot go on.
+    """
+    _check(cfg)
+    output_dir = Path(cfg.output_dir).resolve()
+    with TemporaryDirectory() as secrets:
+        parties = [engine.party] if engine.party is not None else _plan(cfg, engine)
+        if len(parties) > 1 and isinstance(make(cfg.wire), GrpcWiring) and make(cfg.wire).needs_certificates:
+            make_certificates(parties, Path(secrets))
+            cfg.wire.certificates = secrets
+        plays = {party: _play_of(cfg, party, parties, output_dir) for party in parties}
+        try:
+            metrics = engine.launch(plays, str(output_dir))
+        except PartyLostError as error:
+            _write_results(output_dir, parties, stopped=str(error))
+            raise
+    results = _write_results(output_dir, parties)
+    print_table("one process per party", metrics, results["bytes"], output_dir)
+    return metrics
+
+
+def play(text: str, engine: Processes, attempt: Attempt, post: Post) -> None:
+    """What the process of a party does; `text` is its configuration."""
+    quieten()
+    cfg = OmegaConf.create(text)
+    assert isinstance(cfg, DictConfig)
+    ckpt, cfg.ckpt, shared = cfg.ckpt, None, shared_by_all(cfg)
+    federation = None
+    try:
+        with as_input_error():
+            wiring = make(cfg.wire)
+            terms = engine.timeout, engine.join_timeout, engine.save_every_n_steps
+            federation = Federation(attempt, wiring, *terms, post)
+            run = build(cfg, federation.wire)
+        metrics = federation.run(run.trainer, run.learner, run.data, shared, ckpt)
+        log_hyperparameters(cfg, run.trainer, metrics)
+        post({"done": metrics})
+    except (InputError, DivergedError, MisconfigurationException, FrameError, SealError) as error:
+        post({"error": f"{attempt.party}: {one_line(error)}"})
+        if federation is not None:
+            federation.give_up(one_line(error))
+        logging.shutdown()
+        os._exit(FAILED)
+
+
+def shared_by_all(cfg: DictConfig) -> dict[str, Any]:
+    """Return the keys that must have the same value at every party, flat: `{"optimizer.lr": 0.1}`."""
+    flat = _flatten(OmegaConf.to_container(cfg, resolve=True))
+    return {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{own}.") for own in LOCAL)}
+
+
+def _flatten(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    return {key: v for part in value for key, v in _flatten(value[part], f"{name}.{part}" if name else part).items()}
+
+
+def _check(cfg: DictConfig) -> None:
+    if cfg.trainer.max_time is not None:
+        raise InputError(
+            f"`trainer.max_time` (={cfg.trainer.max_time}) would stop each process at another mini-batch: "
+            "take trainer.max_steps or trainer.max_epochs"
+        )
+    if cfg.link.bandwidth is not None:
+        raise InputError(
+            "`link` predicts in the simulator: take engine=simulated, or link=none, since time is measured"
+        )
+    if cfg.ckpt is not None and not Path(cfg.ckpt).is_dir():
+        raise InputError(f"`ckpt` (={cfg.ckpt}) must be the folder of a run: with engine=processes all parties resume")
+
+
+def _plan(cfg: DictConfig, engine: Processes) -> list[Party]:
+    """Build the run as the simulator would, which checks it; draw it, and return the parties."""
+    plan = copy.deepcopy(cfg)
+    plan.logger, plan.callbacks, plan.ckpt = {}, {}, None
+    with as_input_error():
+        run = build(plan)
+    print(_drawn(run), flush=True)
+    parties = parties_of(run.learner)
+    if engine.on_failure == "skip" and "alice" not in run.learner.layout.roles:
+        raise InputError(
+            f"`engine.on_failure` (=skip) does not fit {run.learner.layout.kind}, where every Alice owns columns: "
+            "take stop or wait"
+        )
+    return parties
+
+
+def _drawn(run: Run) -> str:
+    return draw(run.learner.network, run.data.sample(), run.data.batch_size, run.learner.schedule)
+
+
+def _play_of(cfg: DictConfig, party: Party, parties: list[Party], output_dir: Path) -> Play:
+    own = copy.deepcopy(cfg)
+    OmegaConf.set_struct(own, False)
+    own.output_dir = str(output_dir / party)
+    if cfg.ckpt is not None:
+        own.ckpt = str(Path(cfg.ckpt).resolve())
+    if len(parties) > 1:
+        if cfg.wire.get("certificates") is not None:
+            own.wire.certificates = f"{cfg.wire.certificates}/{party}"
+        if torch.cuda.is_available() and cfg.trainer.accelerator in ("auto", "gpu", "cuda"):
+            own.trainer.devices = [parties.index(party) % torch.cuda.device_count()]
+        own.trainer.enable_progress_bar = bool(cfg.trainer.enable_progress_bar) and party == parties[0]
+    for name in [name for name, callback in own.callbacks.items() if callback["_target_"] in NOT_HERE]:
+        own.callbacks.pop(name)
+    OmegaConf.resolve(own)
+    return partial(play, OmegaConf.to_yaml(own), make(cfg.engine))
+
+
+def _write_results(output_dir: Path, parties: list[Party], **more: Any) -> dict[str, Any]:
+    """The hub's results are everybody's: they stand in the folder of the run as well."""
+    source = output_dir / parties[0] / "results.json"
+    results: dict[str, Any] = json.loads(source.read_text()) if source.is_file() else {}
+    (output_dir / "results.json").write_text(json.dumps({**results, **more}, indent=2) + "\n")
+    return results

@@ -1,0 +1,151 @@
+"""The end of the streams that listens."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+
+import grpc
+
+from splitlearn.certificates import Identity
+from splitlearn.errors import InputError
+from splitlearn.frame import FrameError
+from splitlearn.layout import Party
+from splitlearn.star import METHOD, SERVICE, Greeting, Lost, Star, options
+
+
+class Hub(Star):
+    """The end that listens.
+
+    Arguments:
+        party: whose it is; address: `HOST:PORT`, of which port 0 takes any that is free.
+        identity: certificate and key for mutual TLS; None talks in the clear.
+        limit: the most bytes of a message; timeout: seconds after which a party that does not answer is lost.
+
+    Raises InputError when the address cannot be listened on.
+    """
+
+    def __init__(
+        self, party: Party, address: str, identity: Identity | None, limit: int, timeout: float, on_lost: Lost
+    ) -> None:
+        super().__init__(party, on_lost)
+        self.identity = identity
+        self.host = address.rpartition(":")[0]
+        self.joined: dict[Party, Greeting] = {}
+        self.changed = threading.Condition()
+        self.check: Callable[[Greeting], None] | None = None
+        self.server = grpc.server(ThreadPoolExecutor(64), options=options(limit, timeout))
+        handler = grpc.stream_stream_rpc_method_handler(self._serve)
+        self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+        self.port = self._listen(address)
+        self.server.start()
+
+    def gather(
+        self, parties: Sequence[Party], check: Callable[[Greeting], None], timeout: float
+    ) -> dict[Party, Greeting]:
+        """Wait until all have greeted in a way that `check` does not raise InputError for; return what they said."""
+        with self.changed:
+            self.parties, self.check = parties, check
+            self.changed.notify_all()
+            if not self.changed.wait_for(lambda: len(self.joined) == len(parties) - 1, timeout):
+                missing = [party for party in parties if party != self.party and party not in self.joined]
+                raise InputError(
+                    f"{', '.join(missing)} did not come within {timeout:.0f} s: start them with the same command and "
+                    f"`engine.party=`, or raise `engine.join_timeout`"
+                )
+        return dict(self.joined)
+
+    def welcome(self, greeting: Greeting) -> None:
+        for out in self.outbox.values():
+            out.put(json.dumps(greeting).encode())
+
+    def send(self, dst: Party, message: bytes) -> None:
+        self.outbox[dst].put(message)
+
+    def close(self, timeout: float) -> None:
+        """Wait until all have said farewell, and close."""
+        with self.changed:
+            self.changed.wait_for(lambda: len(self.done) == len(self.outbox), timeout)
+        for out in self.outbox.values():
+            out.put(None)
+        self.server.stop(1.0).wait()
+
+    def _listen(self, address: str) -> int:
+        try:
+            if self.identity is None:
+                port = self.server.add_insecure_port(address)
+            else:
+                pair = [(self.identity.key, self.identity.certificate)]
+                port = self.server.add_secure_port(
+                    address, grpc.ssl_server_credentials(pair, self.identity.ca, require_client_auth=True)
+                )
+        except RuntimeError:
+            port = 0
+        if not port:
+            raise InputError(f"`engine.address` (={address}) cannot be listened on: it is in use, or not of this host")
+        return port
+
+    def _serve(self, incoming: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        try:
+            party = self._admit(json.loads(next(incoming)), context)
+        except (InputError, ValueError, KeyError, StopIteration) as error:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        out = self.outbox[party]
+        context.add_callback(lambda: self._ended(party))
+        threading.Thread(target=self._read, args=(party, incoming), daemon=True).start()
+        while (message := out.get()) is not None:
+            yield message
+
+    def _admit(self, greeting: Greeting, context: grpc.ServicerContext) -> Party:
+        party = greeting["party"]
+        if self.identity is not None:
+            names = [name.decode() for name in context.auth_context().get("x509_common_name", [])]
+            if names != [party]:
+                raise InputError(f"the certificate speaks for {', '.join(names)}, not for {party}")
+        with self.changed:
+            self.changed.wait_for(lambda: self.check is not None)
+            if party not in self.parties or party == self.party:
+                rule = f"must be one of {', '.join(p for p in self.parties if p != self.party)}"
+                raise InputError(f"`engine.party` (={party}) {rule}: {self.party} is here already")
+            if party in self.joined:
+                raise InputError(f"`engine.party` (={party}) is played by another process already")
+            assert self.check is not None
+            self.check(greeting)
+            self.outbox[party] = SimpleQueue()
+            self.joined[party] = greeting
+            self.changed.notify_all()
+        return party
+
+    def _read(self, party: Party, incoming: Iterator[bytes]) -> None:
+        try:
+            for message in incoming:
+                self._take(message, party)
+        except FrameError as error:
+            self._lose(party, f"sent what was refused: {error}")
+        except Exception:  # the stream broke, of which `_ended` hears
+            pass
+
+    def _deliver(self, message: bytes, peer: Party) -> None:
+        sender, receiver = self._sender(message)
+        if sender != peer:
+            raise FrameError(f"frame: `sender` (={sender}) must be {peer}, whose stream this is")
+        if receiver == self.party:
+            self.inbox[sender].put(message)
+        else:
+            self.outbox[receiver].put(message)
+
+    def _ended(self, party: Party) -> None:
+        with self.changed:
+            self.changed.notify_all()
+        self.outbox[party].put(None)
+        if party not in self.done:
+            self._lose(party, "its process ended, or does not answer")
+
+    def _take(self, message: bytes, peer: Party) -> None:
+        super()._take(message, peer)
+        if peer in self.done:
+            with self.changed:
+                self.changed.notify_all()

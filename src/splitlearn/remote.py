@@ -1,0 +1,190 @@
+"""The wire between processes: the same `carry`, for one party, over a transport."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from splitlearn.frame import (
+    HEADER_BYTES,
+    NOTHING,
+    SEAL_BYTES,
+    SEALED,
+    WANTS_GRADIENT,
+    Expected,
+    FrameError,
+    Header,
+    check,
+    pack,
+    payload_of,
+    tensor_of,
+    unpack,
+    verify,
+)
+from splitlearn.layout import Party, Role
+from splitlearn.ledger import is_alice
+from splitlearn.sealing import Seal
+from splitlearn.wire import SERVER, Message, Wire
+
+LARGEST_NOTE = 2**24  # bytes of JSON that one party may tell another
+WIDEST = 8  # bytes of an element, whatever the precision
+IN_STEP = ("activation", "gradient", "label")  # belong to the mini-batch at hand; weights may be under way for longer
+
+
+class Transport(Protocol):
+    """Brings frames from party to party, in the order in which they were sent."""
+
+    def send(self, dst: Party, head: bytes, payload: memoryview | bytes) -> None:
+        """Does not wait until `dst` has taken it."""
+        ...
+
+    def receive_head(self, src: Party) -> bytes:
+        """Wait for the next frame of `src`; return its header."""
+        ...
+
+    def receive_payload(self, src: Party, num_bytes: int) -> bytearray | memoryview | bytes:
+        """Return the payload that belongs to the last header."""
+        ...
+
+
+class RemoteWire(Wire):
+    """The wire of one party, whose process plays nobody else.
+
+    `overhead` counts the bytes that the simulator has not: headers, seals, and what is told of metrics; `seconds` are
+    those of `waiting` for others, and of work on the `wire`.
+    """
+
+    def __init__(self, party: Party) -> None:
+        super().__init__()
+        self.party = party
+        self.device = torch.device("cpu")  # where what arrives goes
+        self.overhead: Counter[str] = Counter()
+        self.seconds = {"waiting": 0.0, "wire": 0.0}
+        self.sent: Counter[Party] = Counter()
+        self.received: Counter[Party] = Counter()
+
+    def connect(
+        self, transport: Transport, parties: Sequence[Party], run: bytes, seals: Mapping[Party, Seal] | None = None
+    ) -> None:
+        """Begin. `parties` are all, the hub first; `run` is 16 bytes that all share; `seals` are for who needs one."""
+        self.transport, self.parties, self.run, self.seals = transport, list(parties), run, seals or {}
+        self.places = {party: i for i, party in enumerate(parties)}
+
+    def plays(self, party: Party) -> bool:
+        return party == self.party
+
+    def hosts(self, role: Role) -> bool:
+        return role == self.party or (role == "alice" and (is_alice(self.party) or self.party == SERVER))
+
+    def carry(self, tensor: Tensor, src: Party, dst: Party, kind: str) -> Tensor:
+        if src == self.party:
+            sent = self._heard(Message(src, dst, kind, tensor.detach())) if self.taps else tensor.detach()
+            wants = WANTS_GRADIENT if kind == "activation" and tensor.requires_grad else 0
+            self._send(sent, dst, kind, wants)
+            self.ledger.add(src, dst, kind, sent.nbytes)
+        elif dst == self.party:
+            return self._arrived(tensor, src, kind)
+        return torch.empty_like(tensor, device="meta", requires_grad=False)
+
+    def carry_all(self, tensors: Mapping[str, Tensor], src: Party, dst: Party, kind: str) -> dict[str, Tensor]:
+        if src == self.party:
+            self._tell(list(tensors), dst)
+            for tensor in tensors.values():
+                self.carry(tensor, src, dst, kind)
+        elif dst == self.party:
+            names = self._hear(src)
+            return {name: self._arrived(_like(tensors, name, src), src, kind, "/" not in name) for name in names}
+        return {}
+
+    def gather(self, values: Any) -> list[Any]:
+        hub, *others = self.parties
+        if self.party != hub:
+            self._tell(values, hub)
+            return self._hear(hub)
+        told = [values, *(self._hear(party) for party in others)]
+        for party in others:
+            self._tell(told, party)
+        return told
+
+    @property
+    def _number(self) -> tuple[int, int]:
+        return self.number[0], self.number[1]
+
+    def _arrived(self, like: Tensor, src: Party, kind: str, exact: bool = True) -> Tensor:
+        """Receive what has the shape of `like`, or, of an optimizer's state, may be a number."""
+        dtype = like.dtype if exact and kind != "activation" else None
+        limit = WIDEST * max(like.numel(), 1) + SEAL_BYTES
+        flags, received = self._receive(src, kind, limit, tuple(like.shape) if exact else None, dtype)
+        if received.is_floating_point() != like.is_floating_point() or received.shape not in (like.shape, ()):
+            raise FrameError(f"{src} sent {kind} of {list(received.shape)} {received.dtype} for {list(like.shape)}")
+        received = received if kind == "optimizer_state" else received.to(self.device)
+        if self.taps:
+            received = self._heard(Message(src, self.party, kind, received))
+        self.ledger.add(src, self.party, kind, received.nbytes)
+        return received.requires_grad_(bool(flags & WANTS_GRADIENT)) if kind == "activation" else received
+
+    def _tell(self, values: Any, dst: Party) -> None:
+        note = json.dumps(values).encode()
+        self.overhead["notes"] += len(note)
+        self._send(torch.frombuffer(bytearray(note), dtype=torch.uint8), dst, "control")
+
+    def _hear(self, src: Party) -> Any:
+        _, note = self._receive(src, "control", LARGEST_NOTE, None, torch.uint8)
+        return json.loads(note.numpy().tobytes())
+
+    def _send(self, tensor: Tensor, dst: Party, kind: str, flags: int = 0) -> None:
+        began = time.perf_counter()
+        self.sent[dst] += 1
+        payload: memoryview | bytes = payload_of(tensor)
+        me, number = self.places[self.party], self._number if kind in IN_STEP else (0, 0)
+        shape = tuple(tensor.shape)
+        header = Header(
+            *(self.run, kind, me, self.places[dst], self.sent[dst], tensor.dtype, shape, len(payload), number, flags)
+        )
+        if dst in self.seals:
+            payload = self.seals[dst].seal(payload, _unsealed(header))
+            header = header._replace(num_bytes=len(payload), flags=flags | SEALED)
+            self.overhead["seals"] += SEAL_BYTES
+        self.overhead["headers"] += HEADER_BYTES
+        self.transport.send(dst, pack(header, payload), payload)
+        self.seconds["wire"] += time.perf_counter() - began
+
+    def _receive(
+        self, src: Party, kind: str, limit: int, shape: tuple[int, ...] | None, dtype: torch.dtype | None
+    ) -> tuple[int, Tensor]:
+        """Return flags and tensor of the next frame, which must be this one. Nothing is taken into memory unchecked."""
+        began = time.perf_counter()
+        self.received[src] += 1
+        head = self.transport.receive_head(src)
+        arrived = time.perf_counter()
+        header = unpack(head)
+        number = self._number if kind in IN_STEP else None
+        who = self.places[src], self.places[self.party], self.received[src]
+        check(header, Expected(self.run, *who, kind, limit, shape, dtype, number))
+        payload = self.transport.receive_payload(src, header.num_bytes)
+        verify(head, payload)
+        if bool(header.flags & SEALED) != (src in self.seals):
+            raise FrameError(f"frame: what {src} sends must {'be' if src in self.seals else 'not be'} sealed")
+        if src in self.seals:
+            payload = self.seals[src].open(payload, _unsealed(header))
+        self.seconds["waiting"] += arrived - began
+        self.seconds["wire"] += time.perf_counter() - arrived
+        return header.flags, tensor_of(header._replace(num_bytes=len(payload)), payload)
+
+
+def _unsealed(header: Header) -> bytes:
+    """What a seal is bound to: the header as it was before, without a payload."""
+    return pack(header._replace(num_bytes=0, flags=(header.flags | NOTHING) & ~SEALED), b"")
+
+
+def _like(tensors: Mapping[str, Tensor], name: str, src: Party) -> Tensor:
+    """What an arriving tensor should look like: `0/exp_avg`, of an optimizer's state, like parameter `0`."""
+    if name not in tensors and name.partition("/")[0] not in tensors:
+        raise FrameError(f"{src} sent `{name}`, which is none of {', '.join(tensors)}")
+    return tensors[name] if name in tensors else tensors[name.partition("/")[0]]

@@ -1,0 +1,64 @@
+"""What is told of a run at its end."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+# What a table of runs is for; all of a run's configuration stands in its folder.
+COMPARED = (
+    "seed",
+    "num_alices",
+    "layout",
+    "model",
+    "schedule",
+    "optimizer",
+    "optimizers",
+    "data.batch_size",
+    "trainer.max_epochs",
+)
+
+
+def log_hyperparameters(cfg: DictConfig, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+    params = {key.replace(".", "/"): OmegaConf.select(cfg, key) for key in COMPARED}
+    params = {key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in params.items()}
+    for logger in trainer.loggers:
+        if isinstance(logger, pl.loggers.TensorBoardLogger):
+            logger.log_hyperparams(params, metrics, step=trainer.global_step)
+            logger.save()
+
+
+def print_table(
+    title: str, metrics: Mapping[str, float], num_bytes: Mapping[str, Mapping[str, int]], output_dir: str | Path
+) -> None:
+    """`num_bytes` are those of training, by direction and kind, as `Ledger.table` has them."""
+    table = Table("", "result", title=title)
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    for pair, kinds in num_bytes.items():
+        table.add_row(pair, ", ".join(f"{kind} {count:,} bytes" for kind, count in kinds.items()))
+    table.add_row("output", str(output_dir))
+    Console().print(table)
+
+
+def quieten() -> None:
+    """Silence what Lightning and torch say about choices that are made here on purpose."""
+    chatter = ("Tip:", "GPU available: False", "TPU available: False", "`weights_only` was not set")
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
+        lambda record: not any(words in str(record.msg) for words in chatter)
+    )
+    for message in (
+        "Using ModelCheckpoint with manual optimization",
+        "The number of training batches",
+        "Total length of `list` across ranks is zero",
+        "Checkpoint directory .* exists and is not empty",
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message)

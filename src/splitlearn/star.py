@@ -1,0 +1,183 @@
+"""The streams between processes: every party has one to the hub, who passes on what is not for him.
+
+        alice0 ----\
+        alice1 ----- bob      Bob listens, the others only connect outward. What alice0 hands to alice1 goes through
+        carol  ----/          Bob, who sees the header alone where it is sealed.
+
+A stream begins with greetings, which both sides check before the first mini-batch. It ends by farewell; a stream that
+breaks, or whose other end does not answer pings, means that a party is lost, and the hub tells all.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+
+from splitlearn.certificates import Identity
+from splitlearn.errors import InputError
+from splitlearn.frame import HEADER_BYTES, FrameError, unpack
+from splitlearn.layout import Party
+
+SERVICE, METHOD = "splitlearn.Star", "Join"
+SLACK = 2**24  # bytes: greetings and other notes
+Greeting = dict[str, Any]
+Lost = Callable[[Party, str], None]
+"""(party, why): called once, in any thread, when a party is lost. The other streams are of no use afterwards."""
+
+
+class Star:
+    """What hub and member have in common. `inbox` has the frames of each sender in order."""
+
+    def __init__(self, party: Party, on_lost: Lost) -> None:
+        self.party, self.on_lost = party, on_lost
+        self.parties: Sequence[Party] = ()
+        self.inbox: dict[Party, SimpleQueue[bytes]] = defaultdict(SimpleQueue)
+        self.outbox: dict[Party, SimpleQueue[bytes | None]] = {}
+        self.done: set[Party] = set()  # who has said farewell
+        self._failed = threading.Lock()
+
+    def send(self, dst: Party, message: bytes) -> None:
+        """Does not wait until `dst` has it."""
+        raise NotImplementedError
+
+    def close(self, timeout: float) -> None:
+        """Say farewell, and wait until the others have."""
+        raise NotImplementedError
+
+    def give_up(self, why: str) -> None:
+        """Tell all that this party cannot go on."""
+        for out in self.outbox.values():
+            out.put(json.dumps({"lost": self.party, "why": why}).encode())
+
+    def _lose(self, party: Party, why: str) -> None:
+        if self._failed.acquire(blocking=False):
+            for other, out in list(self.outbox.items()):
+                if other != party:
+                    out.put(json.dumps({"lost": party, "why": why}).encode())
+            self.on_lost(party, why)
+
+    def _take(self, message: bytes, peer: Party) -> None:
+        """Sort in a message that has arrived from `peer`."""
+        if message[:1] != b"{":
+            self._deliver(message, peer)
+            return
+        note = json.loads(message)
+        if "lost" in note:
+            self._lose(note["lost"], note["why"])
+        elif note.get("farewell"):
+            self.done.add(peer)
+
+    def _deliver(self, message: bytes, peer: Party) -> None:
+        raise NotImplementedError
+
+    def _sender(self, message: bytes) -> tuple[Party, Party]:
+        header = unpack(message[:HEADER_BYTES])
+        if max(header.sender, header.receiver) >= len(self.parties):
+            raise FrameError(f"frame: parties {header.sender} and {header.receiver} must be below {len(self.parties)}")
+        return self.parties[header.sender], self.parties[header.receiver]
+
+
+class Member(Star):
+    """An end that connects outward, to the hub `hub` at `address`."""
+
+    def __init__(
+        self,
+        party: Party,
+        hub: Party,
+        address: str,
+        identity: Identity | None,
+        limit: int,
+        timeout: float,
+        on_lost: Lost,
+    ) -> None:
+        super().__init__(party, on_lost)
+        self.hub, self.address = hub, address
+        settings = options(limit, timeout)
+        if identity is None:
+            self.channel = grpc.insecure_channel(address, settings)
+        else:
+            credentials = grpc.ssl_channel_credentials(identity.ca, identity.key, identity.certificate)
+            named = ("grpc.ssl_target_name_override", hub)
+            self.channel = grpc.secure_channel(address, credentials, [*settings, named])
+
+    @property
+    def local_host(self) -> str:
+        """The address of this host as the hub's network sees it."""
+        host, _, port = self.address.rpartition(":")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, int(port)))
+            return probe.getsockname()[0]
+
+    def join(self, greeting: Greeting, timeout: float) -> Greeting:
+        """Greet, and wait until all have; return the hub's welcome. Raises InputError where the hub refuses."""
+        try:
+            grpc.channel_ready_future(self.channel).result(timeout)
+        except grpc.FutureTimeoutError:
+            raise InputError(
+                f"{self.hub} does not answer at `engine.address` (={self.address}) within {timeout:.0f} s: start "
+                f"{self.hub}, check address and certificates, or raise `engine.join_timeout`"
+            ) from None
+        out = self.outbox[self.hub] = SimpleQueue()
+        out.put(json.dumps(greeting).encode())
+        self.call = self.channel.stream_stream(f"/{SERVICE}/{METHOD}")(iter(out.get, None))
+        try:
+            welcome = json.loads(next(self.call))
+        except grpc.RpcError as error:
+            raise InputError(f"{self.hub} refused {self.party}: {error.details()}") from None
+        except StopIteration:
+            raise InputError(f"{self.hub} ended before all had come") from None
+        if "lost" in welcome:
+            raise InputError(f"{welcome['lost']} was lost before all had come: {welcome['why']}")
+        self.parties = welcome["parties"]
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+        return welcome
+
+    def send(self, dst: Party, message: bytes) -> None:
+        self.outbox[self.hub].put(message)
+
+    def close(self, timeout: float) -> None:
+        self.done.add(self.hub)
+        self.outbox[self.hub].put(b'{"farewell": true}')
+        self.reader.join(timeout)
+        self.channel.close()
+
+    def _read(self) -> None:
+        try:
+            for message in self.call:
+                self._take(message, self.hub)
+        except FrameError as error:
+            self._lose(self.hub, f"sent what was refused: {error}")
+        except grpc.RpcError as error:
+            if self.hub not in self.done:
+                self._lose(self.hub, f"its process ended, or does not answer ({error.code().name})")
+
+    def _deliver(self, message: bytes, peer: Party) -> None:
+        sender, receiver = self._sender(message)
+        if receiver != self.party:
+            raise FrameError(f"frame: `receiver` (={receiver}) must be {self.party}")
+        self.inbox[sender].put(message)
+
+
+def options(limit: int, timeout: float) -> list[tuple[str, int]]:
+    """Pings find a frozen peer within `timeout` seconds; a server must not mind being pinged."""
+    ping, answer = max(1, int(timeout * 300)), max(1, int(timeout * 600))
+    return [
+        ("grpc.max_receive_message_length", limit + SLACK),
+        ("grpc.max_send_message_length", limit + SLACK),
+        ("grpc.keepalive_time_ms", ping),
+        ("grpc.keepalive_timeout_ms", answer),
+        ("grpc.http2.ping_timeout_ms", answer),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", ping // 2),
+        ("grpc.so_reuseport", 0),  # a second hub at one address must fail
+    ]
