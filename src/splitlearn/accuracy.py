@@ -43,6 +43,7 @@ class AccuracyByOwner(Metric):
     def load(self, counts: Sequence[list[list[int]]]) -> None:
         """Take the sum of what several have counted."""
         self.correct, self.total = torch.tensor(counts).sum(0)
+        self._update_count += 1  # torchmetrics warns where nothing was counted
 
     def compute(self) -> dict[str, Tensor]:
         """Return the accuracy of each party that has rows, if they are few, and the lowest of all as `worst`."""

@@ -125,7 +125,9 @@ class SplitData(pl.LightningDataModule):
     def train_dataloader(self) -> TurnLoader:
         learner: Any = self.trainer.lightning_module  # type: ignore[union-attr]
         self._place(self.rows)
-        learner.network.check_sizes({t: (len(ids) - 1) % self.batch_size + 1 for t, ids in self.shards.items()})
+        learner.network.check_sizes(
+            {t: self._smallest(len(ids), learner.micro_batches) for t, ids in self.shards.items()}
+        )
         return TurnLoader(
             self.rows, self.shards, learner.schedule, learner.pace, self.batch_size, self.seed, self.augment
         )
@@ -135,6 +137,11 @@ class SplitData(pl.LightningDataModule):
 
     def test_dataloader(self) -> EvalLoader:
         return self._evaluate(self.test_rows, self.test_ids)
+
+    def _smallest(self, num_rows: int, parts: int) -> int:
+        """The rows of an Alice's smallest micro-batch, which a short last mini-batch leaves, or a full one."""
+        sizes = {min(self.batch_size, num_rows), (num_rows - 1) % self.batch_size + 1}
+        return min((size - 1) % -(-size // parts) + 1 for size in sizes)
 
     def _evaluate(self, rows: Rows, ids: Tensor) -> EvalLoader:
         self._place(rows)

@@ -73,6 +73,7 @@ class Federation:
         """
         self.learner, self.data, parties = learner, data, parties_of(learner)
         self._check(parties, trainer)
+        self.identity = self.wiring.identity(self.attempt.party) if len(parties) > 1 else None
         folder = Path(ckpt or trainer.default_root_dir).resolve()
         folder = (folder / self.attempt.party if ckpt else folder) / "snapshots"
         star, welcome = self._meet(parties, self._greeting(shared, folder, ckpt))
@@ -109,7 +110,6 @@ class Federation:
 
     def _greeting(self, shared: Mapping[str, Any], folder: Path, ckpt: str | None) -> Greeting:
         assert self.learner is not None
-        identity = self.wiring.identity(self.attempt.party)
         return {
             "party": self.attempt.party,
             "version": version("splitlearn"),
@@ -119,15 +119,14 @@ class Federation:
             "run": self.attempt.run,
             "resumes": ckpt is not None,
             "snapshots": steps_in(folder),
-            "certificate": None if identity is None else identity.certificate.decode(),
+            "certificate": None if self.identity is None else self.identity.certificate.decode(),
         }
 
     def _meet(self, parties: list[Party], greeting: Greeting) -> tuple[Star, Greeting]:
         hub, party = parties[0], self.attempt.party
         present = [other for other in parties if other not in self.attempt.gone]
         self.wiring.check(self.attempt.address)
-        identity = self.wiring.identity(party)
-        limit = self._largest()
+        limit, identity = self._largest(), self.identity
         if party != hub:
             member = self.star = Member(party, hub, self._address(), identity, limit, self.timeout, self._lost)
             return member, member.join(greeting, self.join_timeout)

@@ -1,0 +1,85 @@
+"""Small runs of the whole program from a configuration, in the simulator and with one process per party."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from helpers import make_rows, net
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from splitlearn.data import Source
+from splitlearn.train import train
+
+TINY = (
+    *("model=custom", "model._target_=federated.tiny", "optimizer=adam", "optimizer.lr=0.01"),
+    *("data=digits", "data.source._target_=federated.source"),
+    *("data.batch_size=4", "data.val_fraction=0.16", "data.eval_batch_size=7", "trainer.max_epochs=2"),
+    *("logger=none", "layout.cut=2", "seed=1"),
+)
+
+
+def tiny(num_classes: int) -> nn.Sequential:
+    """With batch norm in two and four dimensions, and dropout on both sides of a cut behind two blocks."""
+    return net()
+
+
+def source() -> Source:
+    x, y = make_rows(57)
+    return Source(TensorDataset(x[:50], y[:50]), TensorDataset(x[50:], y[50:]), 3)
+
+
+def run_tiny(configure: Callable, folder: Path, *overrides: str) -> dict:
+    """Train as asked; return results.json without what is measured in seconds, and without what processes add."""
+    layouts = any(override.startswith("layout=") for override in overrides)
+    common = [part for part in TINY if not (layouts and part.startswith("layout.cut"))]
+    train(configure(*common, f"output_dir={folder}", *overrides))
+    return results_of(folder)
+
+
+def results_of(folder: Path) -> dict:
+    kept = json.loads((folder / "results.json").read_text())
+    for timed in (kept, *kept["epochs"]):
+        del timed["seconds"]
+    kept.pop("parties", None)
+    return kept
+
+
+def weights_of(folder: Path, parties: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Weights and buffers of the last checkpoint, of these parties' segments where each has a folder of its own."""
+    folders = [folder / party for party in parties] or [folder]
+    states = [torch.load(f / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for f in folders]
+    return {name: value for state in states for name, value in state.items()}
+
+
+class Killer(Callback):
+    """Kills the process of `party`, once, before it sends its frame number `frame` of training."""
+
+    content_with_stretches = True
+
+    def __init__(self, party: str, frame: int, once: str) -> None:
+        self.party, self.frame, self.once = party, frame, Path(once)
+
+    def on_train_start(self, trainer: pl.Trainer, learner: pl.LightningModule) -> None:
+        wire = learner.network.wire
+        if wire.plays(self.party) and not self.once.exists():
+            transport, send, left = wire.transport, wire.transport.send, iter(range(self.frame - 1, -1, -1))
+
+            def kill_or_send(*frame) -> None:
+                if next(left) == 0:
+                    self.once.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                send(*frame)
+
+            transport.send = kill_or_send
+
+
+def killer(party: str, frame: int, folder: Path) -> list[str]:
+    """Overrides that kill a party."""
+    killer = f"{{_target_: federated.Killer, party: {party}, frame: {frame}, once: {folder}/killed}}"
+    return [f"+callbacks.killer={killer}", "engine.save_every_n_steps=4"]

@@ -1,0 +1,76 @@
+"""One process per party trains to the same bits as the simulator, and sends the same bytes."""
+
+import pytest
+from federated import run_tiny, weights_of
+from helpers import differences
+
+TWO_PARTY = "layout.cut=2"
+# (what is asked, whose checkpoints hold the weights that the simulator ends with, if one set of weights is left)
+RUNS = {
+    "sequential": (["schedule=sequential"], ["bob", "alice2"]),
+    "splitfed_v1": (["schedule=splitfed_v1"], ["bob", "server"]),
+    "parallel": (["schedule=parallel"], ["bob", "server"]),
+    "fedavg": (["schedule=fedavg"], ["server"]),
+    "u_shaped": (["layout=u_shaped"], ["bob", "alice2"]),
+    "vertical": (["layout=vertical", "num_alices=2", "layout.cut=1"], ["bob", "alice0", "alice1"]),
+}
+MORE = {
+    "centralised": (["schedule=centralised"], ["alice0"]),
+    "sequential, by way of the server": (["schedule.alice.handoff=server"], ["bob", "alice2"]),
+    "sequential, keep": (["schedule.alice.optimizer_state=keep"], ["bob", "alice2"]),
+    "sequential, reset, cyclic": (["schedule.alice.optimizer_state=reset", "schedule.order=cyclic"], ["bob", "alice0"]),
+    "sequential, turns of two, micro-batches": (["schedule.turn=2", "micro_batches=2", "data.batch_size=8"], ["bob"]),
+    "sequential, two of three": (["schedule.participation=0.67", "schedule.local_epochs=2"], ["bob"]),
+    "labels at alice": (["layout.labels=alice"], ["bob", "alice2"]),
+    "splitfed_v1, carry": (["schedule=splitfed_v1", "schedule.alice.optimizer_state=carry"], ["bob", "server"]),
+    "splitfed_v2": (["schedule=splitfed_v2"], ["bob", "server"]),
+    "splitfed_v2, keep, turns of two": (
+        ["schedule=splitfed_v2", "schedule.alice.optimizer_state=keep", "schedule.turn=2"],
+        ["bob", "server"],
+    ),
+    "splitfed_v3": (["schedule=splitfed_v3"], ["bob"]),
+    "parallel_personal": (["schedule=parallel_personal"], ["bob"]),
+    "large_batch": (["schedule=large_batch"], ["server"]),
+    "large_batch, two of three": (["schedule=large_batch", "schedule.participation=0.67"], ["server"]),
+    "multi_hop": (["layout=multi_hop"], ["bob", "carol", "alice2"]),
+    "multi_hop, splitfed_v1": (["layout=multi_hop", "schedule=splitfed_v1"], ["bob", "carol", "server"]),
+    "u_shaped, splitfed_v1": (["layout=u_shaped", "schedule=splitfed_v1"], ["bob", "server"]),
+    "u_shaped, splitfed_v3": (["layout=u_shaped", "schedule=splitfed_v3"], ["bob"]),
+    "u_shaped, parallel": (["layout=u_shaped", "schedule=parallel"], ["bob", "server"]),
+    "extended_vanilla": (["layout=extended_vanilla", "num_alices=2"], ["bob", "carol", "alice0", "alice1"]),
+    "vertical, columns": (
+        ["layout=vertical", "num_alices=2", "partition=columns", "data.columns=[[0,1,5],[2,3,4]]"],
+        ["bob", "alice0", "alice1"],
+    ),
+}
+
+
+def check(asked, holders, wire, configure, tmp_path):
+    simulated = run_tiny(configure, tmp_path / "simulated", "num_alices=3", *asked)
+    ours = run_tiny(configure, tmp_path / "processes", "num_alices=3", *asked, "engine=processes", f"wire={wire}")
+    assert ours == simulated
+    left = weights_of(tmp_path / "processes", holders)
+    expected = {k: v for k, v in weights_of(tmp_path / "simulated").items() if k in left}
+    assert differences(left, expected) == []
+    assert len(left) >= 2
+
+
+@pytest.mark.parametrize(("asked", "holders"), RUNS.values(), ids=RUNS)
+def test_processes_equal_the_simulator(asked, holders, configure, tmp_path):
+    check(asked, holders, "gloo", configure, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("asked", "holders"), MORE.values(), ids=MORE)
+def test_every_scheme_and_layout_equals_the_simulator(asked, holders, configure, tmp_path):
+    check(asked, holders, "gloo", configure, tmp_path)
+
+
+def test_so_they_do_over_grpc(configure, tmp_path):
+    check(["layout=multi_hop"], ["bob", "carol", "alice2"], "grpc", configure, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("asked", "holders"), [*RUNS.values(), *MORE.values()], ids=[*RUNS, *MORE])
+def test_every_scheme_and_layout_equals_the_simulator_over_grpc(asked, holders, configure, tmp_path):
+    check(asked, holders, "grpc", configure, tmp_path)
