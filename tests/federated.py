@@ -62,8 +62,8 @@ class Killer(Callback):
 
     content_with_stretches = True
 
-    def __init__(self, party: str, frame: int, once: str) -> None:
-        self.party, self.frame, self.once = party, frame, Path(once)
+    def __init__(self, party: str, frame: int, once: str, by: str = "SIGKILL") -> None:
+        self.party, self.frame, self.once, self.by = party, frame, Path(once), signal.Signals[by]
 
     def on_train_start(self, trainer: pl.Trainer, learner: pl.LightningModule) -> None:
         wire = learner.network.wire
@@ -73,13 +73,13 @@ class Killer(Callback):
             def kill_or_send(*frame) -> None:
                 if next(left) == 0:
                     self.once.touch()
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    os.kill(os.getpid(), self.by)
                 send(*frame)
 
             transport.send = kill_or_send
 
 
-def killer(party: str, frame: int, folder: Path) -> list[str]:
-    """Overrides that kill a party."""
-    killer = f"{{_target_: federated.Killer, party: {party}, frame: {frame}, once: {folder}/killed}}"
+def killer(party: str, frame: int, folder: Path, by: str = "SIGKILL") -> list[str]:
+    """Overrides that kill a party, and leave `killed` in `folder` just before."""
+    killer = f"{{_target_: federated.Killer, party: {party}, frame: {frame}, once: {folder}/killed, by: {by}}}"
     return [f"+callbacks.killer={killer}", "engine.save_every_n_steps=4"]

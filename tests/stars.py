@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from splitlearn.certificates import Identity
-from splitlearn.frame import Header, pack
+from splitlearn.engines.wiring import GlooWiring
+from splitlearn.frame import FrameError, Header, pack
 from splitlearn.hub import Hub
+from splitlearn.remote import RemoteWire
 from splitlearn.star import Greeting, Member, Star
 
 PARTIES = ("bob", "alice0", "alice1")
@@ -118,6 +120,21 @@ def live(party: str, port: int, folder: Path | None, timeout: float, report: Con
     if busy:
         report.send(_compute(busy))
     threading.Event().wait()
+
+
+def gloo_receiver(port: int, report: Connection) -> None:
+    """A process of alice0, who awaits a gradient of 3x4 from bob, and reports what came of it."""
+    torch.set_num_threads(1)
+    member = Member("alice0", "bob", f"127.0.0.1:{port}", None, LIMIT, 20, lambda lost, why: None)
+    welcome = member.join({"party": "alice0"}, PATIENCE)
+    wire = RemoteWire("alice0")
+    wire.connect(GlooWiring().transport(member, welcome), welcome["parties"], RUN)
+    try:
+        wire.carry(torch.empty(3, 4, device="meta"), "bob", "alice0", "gradient")
+    except FrameError as error:
+        report.send(f"FrameError: {error}")
+    else:
+        report.send("arrived")
 
 
 def _compute(seconds: float) -> float:

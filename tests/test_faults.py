@@ -1,6 +1,8 @@
 """A party dies: the others notice, nothing is lost, and the run ends as `engine.on_failure` says."""
 
 import json
+import time
+from random import Random
 
 import pytest
 from federated import killer, run_tiny, weights_of
@@ -27,3 +29,77 @@ def test_wait_goes_on_as_if_nothing_had_happened(party, configure, tmp_path):
     assert (tmp_path / "killed").exists()
     assert ours == run_tiny(configure, tmp_path / "whole", "num_alices=3")
     assert differences(weights_of(tmp_path / "run", ["bob", "alice2"]), weights_of(tmp_path / "whole")) == []
+
+
+# Two random deaths over each. V3 and parallel_personal keep weights at each Alice, the vertical one has no server.
+SCHEMES = {
+    "sequential": ["schedule=sequential"],
+    "splitfed_v1": ["schedule=splitfed_v1", "schedule.alice.optimizer_state=carry"],
+    "splitfed_v2": ["schedule=splitfed_v2", "schedule.turn=2"],
+    "splitfed_v3": ["schedule=splitfed_v3"],
+    "parallel": ["schedule=parallel"],
+    "parallel_personal": ["schedule=parallel_personal"],
+    "fedavg": ["schedule=fedavg", "schedule.alice.optimizer_state=keep"],
+    "large_batch": ["schedule=large_batch"],
+    "multi_hop": ["layout=multi_hop", "schedule.alice.handoff=server"],
+    "vertical": ["layout=vertical", "num_alices=2", "layout.cut=1"],
+}
+PARTIES = {
+    "fedavg": ("server", "alice0", "alice1", "alice2"),
+    "large_batch": ("server", "alice0", "alice1", "alice2"),
+    "multi_hop": ("bob", "carol", "server", "alice0", "alice1", "alice2"),
+    "vertical": ("bob", "alice0", "alice1"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wire", ["gloo", "grpc"])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_nothing_is_lost_whoever_dies_and_when(name, wire, configure, tmp_path):
+    draw = Random(f"{name} {wire}")
+    party = draw.choice(PARTIES.get(name, ("bob", "alice0", "alice1", "alice2")))
+    asked = ["num_alices=3", *SCHEMES[name]]
+    dying = killer(party, draw.randint(1, 18), tmp_path)
+    ours = run_tiny(
+        configure, tmp_path / "run", *asked, "engine=processes", f"wire={wire}", "engine.on_failure=wait", *dying
+    )
+    assert (tmp_path / "killed").exists()
+    assert ours == run_tiny(configure, tmp_path / "whole", *asked)
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "splitfed_v2", "fedavg"])
+def test_skip_goes_on_without_her(schedule, configure, tmp_path):
+    asked = ["num_alices=3", f"schedule={schedule}", "engine=processes", "engine.on_failure=skip"]
+    left = run_tiny(configure, tmp_path / "run", *asked, *killer("alice1", 12, tmp_path))
+    assert left["left_out"] == ["alice1"]
+    assert len(left["epochs"]) == 2
+    assert 0 <= left["test"]["test/accuracy"] <= 1
+    whole = run_tiny(configure, tmp_path / "whole", "num_alices=3", f"schedule={schedule}")
+    assert left["epochs"][-1]["step"] == whole["epochs"][-1]["step"]  # her mini-batches are left out, not trained
+    assert sum(left["flops"]["alice1"].values()) < sum(whole["flops"]["alice1"].values())
+    assert left["flops"]["alice2"] == whole["flops"]["alice2"]
+
+
+def test_nobody_but_an_alice_can_be_skipped(configure, tmp_path):
+    asked = ["num_alices=2", "engine=processes", "engine.on_failure=skip", *killer("bob", 3, tmp_path)]
+    with pytest.raises(PartyLostError, match=r"bob was lost .* only Alices can be skipped"):
+        run_tiny(configure, tmp_path / "run", *asked)
+
+
+@pytest.mark.parametrize("wire", ["gloo", "grpc"])
+def test_a_frozen_party_is_noticed_in_time(wire, configure, tmp_path):
+    asked = ["num_alices=2", "engine=processes", f"wire={wire}", "engine.timeout=2"]
+    began = time.monotonic()
+    with pytest.raises(PartyLostError, match="alice1 was lost"):
+        run_tiny(configure, tmp_path / "run", *asked, *killer("alice1", 12, tmp_path, "SIGSTOP"))
+    froze = (tmp_path / "killed").stat().st_mtime
+    assert time.time() - froze < 2 + 2  # the timeout, and what the others take to end
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("wire", ["gloo", "grpc"])
+def test_a_dead_party_is_noticed_within_two_seconds(wire, configure, tmp_path):
+    asked = ["num_alices=2", "engine=processes", f"wire={wire}"]
+    with pytest.raises(PartyLostError, match="alice1 was lost"):
+        run_tiny(configure, tmp_path / "run", *asked, *killer("alice1", 12, tmp_path))
+    assert time.time() - (tmp_path / "killed").stat().st_mtime < 2

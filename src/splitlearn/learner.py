@@ -216,7 +216,8 @@ class SplitLearner(pl.LightningModule):
         self.stepper.step_schedulers("step")
 
     def _tell_finished(self, turns: Turns) -> None:
-        for judge, alice in product(self.judges, turns.finishes):
+        finished = [alice for alice in turns.finishes if alice not in self.rounds.gone]
+        for judge, alice in product(self.judges, finished):
             judge.on_alice_finished(self.trainer, self, alice)
 
     def _pass(self, batch: Batch, cast: Mapping[Role, Party]) -> Tensor:

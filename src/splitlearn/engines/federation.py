@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 
 from splitlearn.data import SplitData
-from splitlearn.engines.snapshots import Snapshots, newest_common, path_of, steps_in
+from splitlearn.engines.snapshots import Snapshots, common_in, newest_common, path_of, steps_in
 from splitlearn.engines.together import Together
 from splitlearn.engines.wiring import Wiring
 from splitlearn.errors import InputError
@@ -74,18 +74,18 @@ class Federation:
         self.learner, self.data, parties = learner, data, parties_of(learner)
         self._check(parties, trainer)
         self.identity = self.wiring.identity(self.attempt.party) if len(parties) > 1 else None
-        folder = Path(ckpt or trainer.default_root_dir).resolve()
-        folder = (folder / self.attempt.party if ckpt else folder) / "snapshots"
-        star, welcome = self._meet(parties, self._greeting(shared, folder, ckpt))
+        own = Path(trainer.default_root_dir) / "snapshots"
+        folders = [own, Path(ckpt) / self.attempt.party / "snapshots"] if ckpt else [own]
+        star, welcome = self._meet(parties, self._greeting(shared, folders, ckpt))
         run, step, gone = welcome["run"], welcome["step"], tuple(welcome["gone"])
         self.post({"run": run, "step": step})
         transport = self.wiring.transport(star, welcome)
         self.wire.device = trainer.strategy.root_device
         self.wire.connect(transport, star.parties, bytes.fromhex(run), self.wiring.seals(star, welcome))
-        saves = Snapshots(Path(trainer.default_root_dir) / "snapshots", self.save_every_n_steps, run)
+        saves = Snapshots(own, self.save_every_n_steps, run)
         trainer.callbacks[:0] = [Together(gone)]  # type: ignore[attr-defined]
         trainer.callbacks.append(saves)  # type: ignore[attr-defined]
-        trainer.fit(learner, datamodule=data, ckpt_path=path_of(folder, run, step) if step else None)
+        trainer.fit(learner, datamodule=data, ckpt_path=path_of(folders, run, step) if step else None)
         metrics = dict(trainer.callback_metrics)
         trainer.test(learner, datamodule=data, verbose=False)
         self.wire.gather("farewell")
@@ -108,7 +108,7 @@ class Federation:
                 "take bf16-mixed"
             )
 
-    def _greeting(self, shared: Mapping[str, Any], folder: Path, ckpt: str | None) -> Greeting:
+    def _greeting(self, shared: Mapping[str, Any], folders: Sequence[Path], ckpt: str | None) -> Greeting:
         assert self.learner is not None
         return {
             "party": self.attempt.party,
@@ -118,7 +118,8 @@ class Federation:
             "config": dict(shared),
             "run": self.attempt.run,
             "resumes": ckpt is not None,
-            "snapshots": steps_in(folder),
+            "snapshots": steps_in(folders),
+            "common": common_in(folders),
             "certificate": None if self.identity is None else self.identity.certificate.decode(),
         }
 
@@ -208,9 +209,8 @@ def agree(greetings: Mapping[Party, Greeting], known: str | None) -> tuple[str, 
     found = newest_common(offers)
     if found is not None:
         return found
-    having = [party for party, offer in zip(greetings, offers, strict=True) if offer]
     lacking = [party for party, offer in zip(greetings, offers, strict=True) if not offer]
-    if resumes or having:
+    if resumes or any(run in greeting["common"] for greeting in greetings.values() for run in runs):
         raise InputError(
             f"there is no step of which all have a snapshot ({', '.join(lacking) or 'nobody'} has none of this run): "
             "start each with the folder of the run, by `ckpt=FOLDER` or the `hydra.run.dir` that it had"

@@ -170,6 +170,8 @@ class Crew:
                     party = running.pop(one)
                     self._hear(party)
                     lost = lost or self._outcome(party)
+            if lost is not None and lost.lost in self.processes:
+                self.processes[lost.lost].kill()  # it may only be frozen
         for party in self.plays:
             if "error" in self.notes[party]:
                 raise InputError(self.notes[party]["error"])

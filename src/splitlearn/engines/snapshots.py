@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from splitlearn.learner import SplitLearner
 
 NAME = re.compile(r"([0-9a-f]{32})-step(\d+)\.ckpt")
+ALL_HAVE = ".common"  # ends the name of a file that says: there is a step of this run of which all have a snapshot
 KEPT = 2  # a party that dies while it saves has the one before
 
 
@@ -37,22 +39,34 @@ class Snapshots(Checkpoint):
         if step % self._every_n_train_steps or step == self.last:
             return
         self.last = step
-        trainer.save_checkpoint(path_of(self.folder, self.run, step))
+        trainer.save_checkpoint(self.folder / name_of(self.run, step))
         learner.network.wire.gather(step)
-        for old in steps_in(self.folder).get(self.run, [])[:-KEPT]:
-            path_of(self.folder, self.run, old).unlink()
+        (self.folder / f"{self.run}{ALL_HAVE}").touch()
+        for old in steps_in([self.folder]).get(self.run, [])[:-KEPT]:
+            (self.folder / name_of(self.run, old)).unlink()
 
 
-def path_of(folder: Path, run: str, step: int) -> Path:
-    return folder / f"{run}-step{step}.ckpt"
+def name_of(run: str, step: int) -> str:
+    return f"{run}-step{step}.ckpt"
 
 
-def steps_in(folder: Path) -> dict[str, list[int]]:
-    """Return the steps of which `folder` has snapshots, ascending, by run."""
-    steps: dict[str, list[int]] = {}
-    for match in filter(None, (NAME.fullmatch(path.name) for path in folder.glob("*.ckpt"))):
-        steps.setdefault(match[1], []).append(int(match[2]))
+def path_of(folders: Sequence[Path], run: str, step: int) -> Path:
+    """Return the snapshot, which one of the folders has."""
+    return next(path for path in (folder / name_of(run, step) for folder in folders) if path.is_file())
+
+
+def steps_in(folders: Sequence[Path]) -> dict[str, list[int]]:
+    """Return the steps of which the folders have snapshots, ascending, by run."""
+    steps: dict[str, set[int]] = {}
+    names = [path.name for folder in folders for path in folder.glob("*.ckpt")]
+    for match in filter(None, map(NAME.fullmatch, names)):
+        steps.setdefault(match[1], set()).add(int(match[2]))
     return {run: sorted(found) for run, found in steps.items()}
+
+
+def common_in(folders: Sequence[Path]) -> list[str]:
+    """Return the runs of which all parties had a snapshot of one step, as far as the folders know."""
+    return [path.name.removesuffix(ALL_HAVE) for folder in folders for path in folder.glob(f"*{ALL_HAVE}")]
 
 
 def newest_common(offers: list[dict[str, list[int]]]) -> tuple[str, int] | None:
