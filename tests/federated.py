@@ -83,3 +83,16 @@ def killer(party: str, frame: int, folder: Path, by: str = "SIGKILL") -> list[st
     """Overrides that kill a party, and leave `killed` in `folder` just before."""
     killer = f"{{_target_: federated.Killer, party: {party}, frame: {frame}, once: {folder}/killed, by: {by}}}"
     return [f"+callbacks.killer={killer}", "engine.save_every_n_steps=4"]
+
+
+class Breaker(Callback):
+    """Raises at `party` when an epoch ends."""
+
+    content_with_stretches = True
+
+    def __init__(self, party: str) -> None:
+        self.party = party
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, learner: pl.LightningModule) -> None:
+        if learner.network.wire.plays(self.party):
+            raise RuntimeError("broken")

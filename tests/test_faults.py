@@ -9,6 +9,7 @@ from federated import killer, run_tiny, weights_of
 from helpers import differences
 
 from splitlearn.engines.processes import PartyLostError
+from splitlearn.errors import InputError
 
 
 def test_stop_says_who_when_and_how_to_go_on(configure, tmp_path):
@@ -89,12 +90,10 @@ def test_nobody_but_an_alice_can_be_skipped(configure, tmp_path):
 @pytest.mark.parametrize("wire", ["gloo", "grpc"])
 def test_a_frozen_party_is_noticed_in_time(wire, configure, tmp_path):
     asked = ["num_alices=2", "engine=processes", f"wire={wire}", "engine.timeout=2"]
-    began = time.monotonic()
     with pytest.raises(PartyLostError, match="alice1 was lost"):
         run_tiny(configure, tmp_path / "run", *asked, *killer("alice1", 12, tmp_path, "SIGSTOP"))
     froze = (tmp_path / "killed").stat().st_mtime
     assert time.time() - froze < 2 + 2  # the timeout, and what the others take to end
-    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("wire", ["gloo", "grpc"])
@@ -103,3 +102,11 @@ def test_a_dead_party_is_noticed_within_two_seconds(wire, configure, tmp_path):
     with pytest.raises(PartyLostError, match="alice1 was lost"):
         run_tiny(configure, tmp_path / "run", *asked, *killer("alice1", 12, tmp_path))
     assert time.time() - (tmp_path / "killed").stat().st_mtime < 2
+
+
+@pytest.mark.parametrize("wire", ["gloo", "grpc"])
+@pytest.mark.parametrize("party", ["bob", "alice0"])
+def test_a_program_that_fails_says_how_and_ends_the_run(party, wire, configure, tmp_path):
+    breaks = f"+callbacks.breaker={{_target_: federated.Breaker, party: {party}}}"
+    with pytest.raises(InputError, match=f"{party}: its program failed by RuntimeError: broken"):
+        run_tiny(configure, tmp_path / "run", "num_alices=2", "engine=processes", f"wire={wire}", breaks)

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import os
+import traceback
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,6 +37,8 @@ LOCAL = (
 )
 # Of the simulator alone: Ctrl-C reaches the process that starts the others, and the drawing is of all parties.
 NOT_HERE = ("splitlearn.callbacks.Interrupt", "splitlearn.callbacks.Drawing")
+# Of these one line says enough.
+EXPECTED = (InputError, DivergedError, MisconfigurationException, FrameError, SealError)
 
 
 def federate(cfg: DictConfig, engine: Processes) -> dict[str, float]:
@@ -45,10 +48,12 @@ def federate(cfg: DictConfig, engine: Processes) -> dict[str, float]:
     what does not fit, PartyLostError when a party is lost and the run cannot go on.
     """
     _check(cfg)
+    with as_input_error():
+        wiring = make(cfg.wire)
     output_dir = Path(cfg.output_dir).resolve()
     with TemporaryDirectory() as secrets:
         parties = [engine.party] if engine.party is not None else _plan(cfg, engine)
-        if len(parties) > 1 and isinstance(make(cfg.wire), GrpcWiring) and make(cfg.wire).needs_certificates:
+        if len(parties) > 1 and isinstance(wiring, GrpcWiring) and wiring.needs_certificates:
             make_certificates(parties, Path(secrets))
             cfg.wire.certificates = secrets
         plays = {party: _play_of(cfg, party, parties, output_dir) for party in parties}
@@ -78,12 +83,16 @@ def play(text: str, engine: Processes, attempt: Attempt, post: Post) -> None:
         metrics = federation.run(run.trainer, run.learner, run.data, shared, ckpt)
         log_hyperparameters(cfg, run.trainer, metrics)
         post({"done": metrics})
-    except (InputError, DivergedError, MisconfigurationException, FrameError, SealError) as error:
-        post({"error": f"{attempt.party}: {one_line(error)}"})
+    except Exception as error:
+        why = one_line(error)
+        if not isinstance(error, EXPECTED):
+            traceback.print_exc()
+            why = f"its program failed by {type(error).__name__}: {why}"
+        post({"error": f"{attempt.party}: {why}"})
         if federation is not None:
-            federation.give_up(one_line(error))
+            federation.give_up(why)
         logging.shutdown()
-        os._exit(FAILED)
+        os._exit(FAILED)  # by force: the threads of the streams would keep it alive, and the others would wait for it
 
 
 def shared_by_all(cfg: DictConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
+from typing import Any
 
 import grpc
 
@@ -15,6 +16,8 @@ from splitlearn.errors import InputError
 from splitlearn.frame import FrameError
 from splitlearn.layout import Party
 from splitlearn.star import METHOD, SERVICE, Greeting, Lost, Star, options
+
+MOST_STREAMS = 4096  # a thread each, made when it is needed
 
 
 class Hub(Star):
@@ -37,7 +40,7 @@ class Hub(Star):
         self.joined: dict[Party, Greeting] = {}
         self.changed = threading.Condition()
         self.check: Callable[[Greeting], None] | None = None
-        self.server = grpc.server(ThreadPoolExecutor(64), options=options(limit, timeout))
+        self.server = grpc.server(ThreadPoolExecutor(MOST_STREAMS), options=options(limit, timeout))
         handler = grpc.stream_stream_rpc_method_handler(self._serve)
         self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
         self.port = self._listen(address)
@@ -94,7 +97,8 @@ class Hub(Star):
         except (InputError, ValueError, KeyError, StopIteration) as error:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         out = self.outbox[party]
-        context.add_callback(lambda: self._ended(party))
+        if not context.add_callback(lambda: self._ended(party)):  # it ended while it waited to be admitted
+            self._ended(party)
         threading.Thread(target=self._read, args=(party, incoming), daemon=True).start()
         while (message := out.get()) is not None:
             yield message
@@ -136,6 +140,9 @@ class Hub(Star):
             self.inbox[sender].put(message)
         else:
             self.outbox[receiver].put(message)
+
+    def _loss(self, note: dict[str, Any], peer: Party) -> tuple[Party, str]:
+        return peer, note["why"]  # nobody speaks for another
 
     def _ended(self, party: Party) -> None:
         with self.changed:

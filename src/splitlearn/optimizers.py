@@ -141,7 +141,7 @@ def by_role(
         if role not in network.layout.roles:
             raise ValueError(f"`optimizers.{role}` names no role of the layout: {', '.join(network.layout.roles)}")
     makers = {role: overrides.get(role, default) for role in network.layout.roles if network.parameters_of(role)}
-    if not makers:
+    if not any(p.requires_grad for _, segment in network.program for p in segment.parameters()):
         raise ValueError("the model has no parameters that require a gradient: there is nothing to train")
     for role, make in makers.items():
         try:

@@ -28,7 +28,7 @@ from splitlearn.frame import (
     verify,
 )
 from splitlearn.layout import Party, Role
-from splitlearn.ledger import is_alice
+from splitlearn.ledger import KINDS, is_alice
 from splitlearn.sealing import Seal
 from splitlearn.wire import SERVER, Message, Wire
 
@@ -83,6 +83,8 @@ class RemoteWire(Wire):
         return role == self.party or (role == "alice" and (is_alice(self.party) or self.party == SERVER))
 
     def carry(self, tensor: Tensor, src: Party, dst: Party, kind: str) -> Tensor:
+        if kind not in KINDS:
+            raise ValueError(f"`kind` (={kind}) must be one of {', '.join(KINDS)}")
         if src == self.party:
             sent = self._heard(Message(src, dst, kind, tensor.detach())) if self.taps else tensor.detach()
             wants = WANTS_GRADIENT if kind == "activation" and tensor.requires_grad else 0
@@ -99,6 +101,8 @@ class RemoteWire(Wire):
                 self.carry(tensor, src, dst, kind)
         elif dst == self.party:
             names = self._hear(src)
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise FrameError(f"{src} sent no list of names, but {str(names)[:80]}")
             return {name: self._arrived(_like(tensors, name, src), src, kind, "/" not in name) for name in names}
         return {}
 
@@ -107,7 +111,7 @@ class RemoteWire(Wire):
         if self.party != hub:
             self._tell(values, hub)
             return self._hear(hub)
-        told = [values, *(self._hear(party) for party in others)]
+        told = [json.loads(json.dumps(values)), *(self._hear(party) for party in others)]  # as the others get it
         for party in others:
             self._tell(told, party)
         return told
@@ -136,7 +140,10 @@ class RemoteWire(Wire):
 
     def _hear(self, src: Party) -> Any:
         _, note = self._receive(src, "control", LARGEST_NOTE, None, torch.uint8)
-        return json.loads(note.numpy().tobytes())
+        try:
+            return json.loads(note.numpy().tobytes())
+        except (ValueError, RecursionError) as error:
+            raise FrameError(f"what {src} tells cannot be read: {error}") from error
 
     def _send(self, tensor: Tensor, dst: Party, kind: str, flags: int = 0) -> None:
         began = time.perf_counter()

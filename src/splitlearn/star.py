@@ -68,11 +68,19 @@ class Star:
         if message[:1] != b"{":
             self._deliver(message, peer)
             return
-        note = json.loads(message)
-        if "lost" in note:
-            self._lose(note["lost"], note["why"])
+        try:
+            note = json.loads(message)
+            loss = self._loss(note, peer) if "lost" in note else None
+        except (ValueError, KeyError, RecursionError) as error:
+            raise FrameError(f"a note cannot be read: {error!r}") from error
+        if loss is not None:
+            self._lose(*loss)
         elif note.get("farewell"):
             self.done.add(peer)
+
+    def _loss(self, note: dict[str, Any], peer: Party) -> tuple[Party, str]:
+        """Who is lost, and why, by what `peer` says."""
+        raise NotImplementedError
 
     def _deliver(self, message: bytes, peer: Party) -> None:
         raise NotImplementedError
@@ -158,6 +166,12 @@ class Member(Star):
         except grpc.RpcError as error:
             if self.hub not in self.done:
                 self._lose(self.hub, f"its process ended, or does not answer ({error.code().name})")
+        else:
+            if self.hub not in self.done:
+                self._lose(self.hub, "left before all had said farewell")
+
+    def _loss(self, note: dict[str, Any], peer: Party) -> tuple[Party, str]:
+        return note["lost"], note["why"]
 
     def _deliver(self, message: bytes, peer: Party) -> None:
         sender, receiver = self._sender(message)
@@ -169,9 +183,11 @@ class Member(Star):
 def options(limit: int, timeout: float) -> list[tuple[str, int]]:
     """Pings find a frozen peer within `timeout` seconds; a server must not mind being pinged."""
     ping, answer = max(1, int(timeout * 300)), max(1, int(timeout * 600))
+    largest = min(limit + SLACK, 2**31 - 1)  # gRPC counts in int32
     return [
-        ("grpc.max_receive_message_length", limit + SLACK),
-        ("grpc.max_send_message_length", limit + SLACK),
+        ("grpc.max_receive_message_length", largest),
+        ("grpc.max_send_message_length", largest),
+        ("grpc.max_reconnect_backoff_ms", 1000),  # who waits for the hub asks again every second, not every two minutes
         ("grpc.keepalive_time_ms", ping),
         ("grpc.keepalive_timeout_ms", answer),
         ("grpc.http2.ping_timeout_ms", answer),

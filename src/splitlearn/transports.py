@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
@@ -16,6 +17,7 @@ from splitlearn.layout import Party
 from splitlearn.star import Star
 
 FOREVER = timedelta(days=365)  # an Alice may wait long for her turn; that a party is lost shows in the streams
+PATIENCE = 5.0  # seconds that the streams have to tell who is lost
 UNFINISHED = 64  # frames that may be under way before their sender waits
 
 
@@ -75,5 +77,9 @@ class Gloo:
 
     def _receive(self, src: Party, num_bytes: int) -> memoryview:
         memory = torch.empty(num_bytes, dtype=torch.uint8)
-        self.group.recv([memory], self.ranks[src], 0).wait()
+        try:
+            self.group.recv([memory], self.ranks[src], 0).wait()
+        except RuntimeError:
+            time.sleep(PATIENCE)  # the streams know who is lost, and end this process
+            raise
         return memory.numpy().data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -48,7 +49,17 @@ class GlooWiring(Wiring):
     def offer(self, star: Star) -> dict[str, Any]:
         assert isinstance(star, Hub)
         # A store of its own for each attempt: an old one would hand out the addresses of the dead.
-        self.store = dist.TCPStore(star.host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        # It would listen on every interface if it were not given a socket.
+        listener = socket.create_server((star.host, 0))
+        port = listener.getsockname()[1]
+        self.store = dist.TCPStore(
+            star.host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=60),
+            master_listen_fd=listener.detach(),
+        )
         return {"store": self.store.port}
 
     def transport(self, star: Star, welcome: Mapping[str, Any]) -> Transport:
@@ -112,6 +123,6 @@ def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
     except ValueError:
         return False

@@ -1,0 +1,174 @@
+"""What the processes of a run agree on before the first mini-batch, and what they refuse."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from federated import TINY, run_tiny
+
+from splitlearn.engines.federation import agree, check_greeting, parties_of
+from splitlearn.engines.processes import Processes
+from splitlearn.engines.snapshots import newest_common, steps_in
+from splitlearn.errors import InputError
+from splitlearn.federate import shared_by_all
+from splitlearn.layout import multi_hop, two_party, u_shaped, vertical, whole
+from splitlearn.means import Average, MeanGradient
+from splitlearn.schedule import Schedule
+from splitlearn.sharing import Handoff, Personal
+
+BLOCKS = ("a", "b", "c")
+TWO_PARTY = two_party(BLOCKS, 1)
+RUN, OTHER = "0" * 32, "1" * 32
+
+
+def greeting(**changes):
+    same = {"version": "1", "torch": "2", "layout": "L", "model": "M", "num_alices": "2", "schedule": "S"}
+    own = {"party": "bob", "data": "100 rows", "config": {"optimizer.lr": 0.1}, "run": None, "resumes": False}
+    return {**same, **own, "snapshots": {}, "common": [], **changes}
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_alices", "sharings", "parties"),
+    [
+        (TWO_PARTY, 2, {}, ["bob", "alice0", "alice1"]),
+        (TWO_PARTY, 2, {"alice": Handoff(handoff="server")}, ["bob", "server", "alice0", "alice1"]),
+        (TWO_PARTY, 2, {"alice": Average()}, ["bob", "server", "alice0", "alice1"]),
+        (TWO_PARTY, 2, {"alice": Personal(), "bob": Average()}, ["bob", "alice0", "alice1"]),
+        (TWO_PARTY, 1, {"alice": Handoff(handoff="server")}, ["bob", "alice0"]),
+        (multi_hop(BLOCKS, [1, 2]), 1, {}, ["bob", "carol", "alice0"]),
+        (multi_hop(BLOCKS, [1], parties=["alice", "zoe"]), 1, {}, ["zoe", "alice0"]),
+        (u_shaped(BLOCKS, [1, 2]), 1, {}, ["bob", "alice0"]),
+        (vertical(BLOCKS, 1, num_alices=2), 2, {}, ["bob", "alice0", "alice1"]),
+        (whole(BLOCKS), 2, {"alice": Average()}, ["server", "alice0", "alice1"]),
+        (whole(BLOCKS), 2, {"alice": MeanGradient(), "turn": "step"}, ["server", "alice0", "alice1"]),
+        (whole(BLOCKS), 2, {}, ["alice0", "alice1"]),
+        (whole(BLOCKS), 1, {}, ["alice0"]),
+    ],
+)
+def test_the_parties_of_a_run_the_hub_first(layout, num_alices, sharings, parties):
+    schedule = Schedule(layout.takers(num_alices), **sharings)
+    assert parties_of(SimpleNamespace(layout=layout, schedule=schedule)) == parties
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"torch": "3"}, "`torch` is 2 at bob and 3 at alice0"),
+        ({"data": "99 rows"}, "`data` is 100 rows at bob and 99 rows at alice0"),
+        ({"layout": "U"}, "`layout` is L at bob and U at alice0"),
+        ({"config": {"optimizer.lr": 0.2}}, "`optimizer.lr` is 0.1 at bob and 0.2 at alice0"),
+        ({"config": {"optimizer.lr": 0.1, "seed": 1}}, "`seed` is None at bob and 1 at alice0"),
+        ({"resumes": True}, "`resumes` is False at bob and True at alice0"),
+    ],
+)
+def test_a_difference_is_named(change, message):
+    check_greeting(greeting(), greeting(party="alice0"), "bob")
+    with pytest.raises(InputError, match=message):
+        check_greeting(greeting(), greeting(party="alice0", **change), "bob")
+
+
+def test_a_new_run_begins_at_its_start_whatever_lies_about():
+    run, step = agree({"bob": greeting(snapshots={OTHER: [5]}), "alice0": greeting(snapshots={OTHER: [5]})}, None)
+    assert (len(run), step) == (32, 0)
+    assert run != OTHER
+
+
+def test_who_waits_goes_on_with_the_newest_step_that_all_have():
+    greetings = {
+        "bob": greeting(run=RUN, snapshots={RUN: [4, 8]}),
+        "alice0": greeting(snapshots={RUN: [2, 4], OTHER: [8]}),
+    }
+    assert agree(greetings, None) == (RUN, 4)
+
+
+def test_a_run_that_ended_before_all_had_a_snapshot_begins_anew():
+    assert agree({"bob": greeting(run=RUN, snapshots={RUN: [4]}), "alice0": greeting()}, None) == (RUN, 0)
+
+
+def test_who_lacks_what_all_had_is_named():
+    waits = greeting(run=RUN, snapshots={RUN: [4]}, common=[RUN])
+    with pytest.raises(InputError, match=r"alice0 has none of this run.*hydra.run.dir"):
+        agree({"bob": waits, "alice0": greeting()}, None)
+    with pytest.raises(InputError, match="no step of which all have a snapshot"):
+        agree({"bob": greeting(resumes=True, snapshots={RUN: [4]}), "alice0": greeting(resumes=True)}, None)
+
+
+def test_a_resumed_run_goes_on_with_the_newest_of_all(tmp_path):
+    assert newest_common([{RUN: [1, 2], OTHER: [9]}, {RUN: [2, 3], OTHER: [9]}]) == (OTHER, 9)
+    assert newest_common([{RUN: [1]}, {RUN: [2]}]) is None
+    for name in (f"{RUN}-step10.ckpt", f"{RUN}-step9.ckpt", "last.ckpt", f"{RUN}-step11.ckpt.tmp"):
+        (tmp_path / name).touch()
+    assert steps_in([tmp_path]) == {RUN: [9, 10]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"on_failure": "pray"}, r"`engine.on_failure` \(=pray\) must be one of stop, wait, skip"),
+        ({"timeout": 0}, r"`engine.timeout` \(=0\) must be a number above 0"),
+        ({"join_timeout": "long"}, r"`engine.join_timeout` \(=long\) must be a number above 0"),
+        ({"save_every_n_steps": -1}, r"`engine.save_every_n_steps` \(=-1\)"),
+        ({"address": "nowhere"}, r"`engine.address` \(=nowhere\) must be HOST:PORT"),
+        ({"party": "bob"}, r"`engine.address` \(=127.0.0.1:0\) must name a port when `engine.party` \(=bob\) is given"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(InputError, match=message):
+        Processes(**settings)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["trainer.max_time=00:01:00:00"], r"`trainer.max_time` .* take trainer.max_steps"),
+        (["link=wan"], "`link` predicts in the simulator"),
+        (["ckpt=nowhere"], r"`ckpt` \(=nowhere\) must be the folder of a run"),
+        (["layout.cut=9"], r"`layout.cut` \(=9\) must lie between 1 and 3"),
+        (["wire=grpc", "wire.tls=maybe"], r"`wire.tls` \(=maybe\)"),
+        (["wire=grpc", "wire.certificates=nowhere"], "nowhere"),
+        (["layout=vertical", "num_alices=2", "layout.cut=1", "engine.on_failure=skip"], "every Alice owns columns"),
+        (["engine.party=mallory", "engine.address=127.0.0.1:29431"], "`engine.party` .*mallory.* must be one of"),
+        (["engine.party=alice0", "engine.address=127.0.0.1:29432", "engine.join_timeout=1"], "bob does not answer"),
+        (
+            ["engine.party=bob", "engine.address=127.0.0.1:29433", "engine.join_timeout=1"],
+            "alice0 did not come within 1 s",
+        ),
+        (
+            ["engine.party=bob", "engine.address=192.0.2.1:29434", "wire=grpc", "wire.tls=off"],
+            "in the clear, on loopback alone",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_told_in_one_line(asked, message, configure, tmp_path):
+    with pytest.raises(InputError, match=message):
+        run_tiny(configure, tmp_path, "engine=processes", *asked)
+
+
+def test_what_a_host_has_in_its_own_way_is_not_compared(configure):
+    one = shared_by_all(configure(*TINY, "engine=processes", "data.num_workers=3", "trainer.devices=[0]"))
+    other = shared_by_all(configure(*TINY, "engine=processes", "engine.party=bob", "engine.address=h:1", "ckpt=x"))
+    assert one == other
+    assert one != shared_by_all(configure(*TINY, "engine=processes", "optimizer.lr=0.5"))
+    assert "optimizer.lr" in one
+
+
+@pytest.mark.slow
+def test_early_stopping_stops_all_at_one_epoch(configure, tmp_path):
+    stop = "+callbacks.stop={_target_: pytorch_lightning.callbacks.EarlyStopping, monitor: val/loss, patience: 1}"
+    asked = ["num_alices=2", "optimizer.lr=0.1", "trainer.max_epochs=30", stop]
+    whole = run_tiny(configure, tmp_path / "whole", *asked)
+    assert len(whole["epochs"]) < 30
+    assert run_tiny(configure, tmp_path / "run", *asked, "engine=processes") == whole
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_one_federation_after_the_other(tmp_path):
+    command = [sys.executable, "-m", "splitlearn.train", "-m", "+experiment=digits_2party", "engine=processes"]
+    more = ["layout.cut=1,2", "trainer.max_epochs=1", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
+    done = subprocess.run([*command, *more, f"hydra.sweep.dir={tmp_path}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "sweep.csv").read_text().splitlines()
+    assert len(lines) == 3
+    accuracies = {line.split(",")[1] for line in lines[1:]}
+    assert len(accuracies) == 1  # where the network is cut changes nothing
