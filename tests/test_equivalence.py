@@ -641,3 +641,15 @@ def test_evaluation_in_the_middle_of_a_round_changes_no_bit_of_the_training(layo
     assert_same_losses(with_it.losses, without.losses)
     assert with_it.learner.ledger.table() == without.learner.ledger.table()
     assert without.learner.evaluation_ledger.table() == {}
+
+
+@pytest.mark.parametrize("layout", [two_party(BLOCKS, 2), u_shaped(BLOCKS, [1, 2]), whole(BLOCKS)])
+@pytest.mark.parametrize("parts", [2, 3, 100])
+def test_micro_batches_have_the_gradients_of_the_whole(layout, parts):
+    """To rounding, without batch norm and dropout, which look at a batch or draw anew."""
+    at_once, in_parts = train(layout, model=smooth()), train(layout, model=smooth(), micro_batches=parts)
+    assert len(differences(in_parts.weights, smooth().state_dict())) == 8  # all were trained
+    for name, value in at_once.weights.items():
+        torch.testing.assert_close(in_parts.weights[name], value, rtol=1e-4, atol=1e-6)
+    assert in_parts.learner.mean_loss == pytest.approx(at_once.learner.mean_loss, rel=1e-5)
+    assert in_parts.learner.ledger.table() == at_once.learner.ledger.table()

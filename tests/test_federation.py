@@ -1,11 +1,18 @@
 """What the processes of a run agree on before the first mini-batch, and what they refuse."""
 
+import json
+import queue
+import socket
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
-from federated import TINY, run_tiny
+from federated import TINY, results_of, run_tiny
 
 from splitlearn.engines.federation import agree, check_greeting, parties_of
 from splitlearn.engines.processes import Processes
@@ -16,6 +23,7 @@ from splitlearn.layout import multi_hop, two_party, u_shaped, vertical, whole
 from splitlearn.means import Average, MeanGradient
 from splitlearn.schedule import Schedule
 from splitlearn.sharing import Handoff, Personal
+from splitlearn.train import train
 
 BLOCKS = ("a", "b", "c")
 TWO_PARTY = two_party(BLOCKS, 1)
@@ -172,3 +180,68 @@ def test_a_sweep_runs_one_federation_after_the_other(tmp_path):
     assert len(lines) == 3
     accuracies = {line.split(",")[1] for line in lines[1:]}
     assert len(accuracies) == 1  # where the network is cut changes nothing
+
+
+@pytest.mark.slow
+def test_under_torchrun_each_rank_plays_a_party(configure, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m"]
+    asked = ["splitlearn.train", "+experiment=digits_2party", "num_alices=2", "trainer.max_epochs=1"]
+    more = ["engine=processes", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
+    subprocess.run([*command, *asked, *more, f"hydra.run.dir={tmp_path}/run"], check=True)
+    train(configure(*asked[1:], f"output_dir={tmp_path}/whole"))
+    assert results_of(tmp_path / "run") == results_of(tmp_path / "whole")
+
+
+def delaying(listener: socket.socket, to: int, seconds: float, bytes_per_second: float) -> None:
+    """Pass on what connects to `listener`, both ways, so much later and no faster."""
+
+    def pump(src: socket.socket, dst: socket.socket) -> None:
+        due: queue.SimpleQueue = queue.SimpleQueue()
+
+        def deliver() -> None:
+            while (item := due.get()) is not None:
+                when, chunk = item
+                time.sleep(max(0.0, when - time.monotonic()))
+                with suppress(OSError):  # the run is over
+                    dst.sendall(chunk)
+
+        threading.Thread(target=deliver, daemon=True).start()
+        free = 0.0
+        while chunk := src.recv(2**16):
+            free = max(free, time.monotonic()) + len(chunk) / bytes_per_second
+            due.put((free + seconds, chunk))
+
+    def serve() -> None:
+        near, _ = listener.accept()
+        far = socket.create_connection(("127.0.0.1", to))
+        for one in (near, far):
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for ends in ((near, far), (far, near)):
+            threading.Thread(target=pump, args=ends, daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+
+
+@pytest.mark.slow
+def test_a_slow_link_takes_as_long_as_the_link_model_predicts(configure, tmp_path):
+    """20 ms and 10 Mbit/s each way, between the processes of Bob and Alice."""
+    asked = ["+experiment=digits_2party", "model.hidden_sizes=[256,256]", "trainer.max_epochs=1", "logger=none"]
+    quick = ["data.val_fraction=0", "metric=null", "trainer.limit_train_batches=20", "~callbacks.judge"]
+    train(configure(*asked, *quick, "link.bandwidth=10Mbit/s", "link.latency=20ms", f"output_dir={tmp_path}/predicted"))
+    predicted = json.loads((tmp_path / "predicted" / "results.json").read_text())["link"]["seconds"]
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as free:
+        proxy, port = listener.getsockname()[1], free.getsockname()[1]
+        free.close()
+        delaying(listener, port, 0.02, 10e6 / 8)
+        own = {"bob": port, "alice0": proxy}
+        runs = [
+            configure(*asked, *quick, "engine=processes", "wire=grpc", "wire.tls=off", f"engine.party={party}")
+            for party in own
+        ]
+        for (party, at), cfg in zip(own.items(), runs, strict=True):
+            cfg.engine.address, cfg.output_dir = f"127.0.0.1:{at}", str(tmp_path / party)
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(train, runs))
+    parties = json.loads((tmp_path / "alice0" / "results.json").read_text())["parties"]
+    assert predicted > 20 * 0.04
+    assert parties["alice0"]["seconds"]["waiting"] == pytest.approx(predicted, rel=0.2)

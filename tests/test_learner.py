@@ -165,3 +165,9 @@ def test_what_does_not_fit_is_refused_before_training(arguments, message):
 @pytest.mark.parametrize("loss", [partial(nn.NLLLoss), partial(nn.NLLLoss, weight=torch.ones(3))])
 def test_log_probabilities_go_with_their_loss(loss):
     make(ending_in(nn.LogSoftmax(1)), loss())
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, True])
+def test_a_mini_batch_has_a_whole_number_of_parts(wrong):
+    with pytest.raises(ValueError, match=r"`micro_batches` \(=.*\) must be a whole number of at least 1"):
+        make_learner(make_data(), micro_batches=wrong)

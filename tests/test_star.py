@@ -450,7 +450,7 @@ def test_a_party_that_computes_for_longer_than_the_timeout_is_not_lost(ends):
         ends.meet(
             timeout=1,
             elsewhere=["alice1"],
-            begin=lambda port: child.append(stack.enter_context(living("alice1", port, timeout=1, busy=1.6))),
+            begin=lambda port: child.append(stack.enter_context(living("alice1", port, timeout=1, busy=3.0))),
         )
         ((_, report),) = child
         assert report.recv() == "joined"

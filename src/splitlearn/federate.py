@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import traceback
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,6 +52,8 @@ def federate(cfg: DictConfig, engine: Processes) -> dict[str, float]:
     with as_input_error():
         wiring = make(cfg.wire)
     output_dir = Path(cfg.output_dir).resolve()
+    if engine.party is None and "TORCHELASTIC_RUN_ID" in os.environ:
+        engine = _as_rank(cfg, engine)
     with TemporaryDirectory() as secrets:
         parties = [engine.party] if engine.party is not None else _plan(cfg, engine)
         if len(parties) > 1 and isinstance(wiring, GrpcWiring) and wiring.needs_certificates:
@@ -119,6 +122,20 @@ def _check(cfg: DictConfig) -> None:
         )
     if cfg.ckpt is not None and not Path(cfg.ckpt).is_dir():
         raise InputError(f"`ckpt` (={cfg.ckpt}) must be the folder of a run: with engine=processes all parties resume")
+
+
+def _as_rank(cfg: DictConfig, engine: Processes) -> Processes:
+    """Under torchrun each rank plays a party. Lightning must not know of it: all ranks but the first log nothing."""
+    rank, size = (int(os.environ.pop(name)) for name in ("RANK", "WORLD_SIZE"))
+    for name in ("LOCAL_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        os.environ.pop(name, None)
+    parties = _plan(cfg, engine)
+    if size != len(parties):
+        raise InputError(
+            f"torchrun starts {size} processes, and the parties are {', '.join(parties)}: start one for each"
+        )
+    address = f"{os.environ['MASTER_ADDR']}:{int(os.environ['MASTER_PORT']) + 1}"  # torchrun listens at the first
+    return replace(engine, party=parties[rank], address=engine.address if engine.has_port else address)
 
 
 def _plan(cfg: DictConfig, engine: Processes) -> list[Party]:

@@ -13,9 +13,9 @@ import struct
 from collections.abc import Mapping
 from math import prod
 from typing import Any, NamedTuple
-from zlib import crc32
 
 import torch
+from isal.isal_zlib import crc32  # the one of zlib, 17 times as fast
 from torch import Tensor
 
 from splitlearn.ledger import KINDS

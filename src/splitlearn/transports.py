@@ -17,6 +17,8 @@ from splitlearn.layout import Party
 from splitlearn.star import Star
 
 FOREVER = timedelta(days=365)  # an Alice may wait long for her turn; that a party is lost shows in the streams
+SMALL = 2**18  # bytes of a payload that travels with its header
+AHEAD = 2  # frames of each party for which memory is posted
 PATIENCE = 5.0  # seconds that the streams have to tell who is lost
 UNFINISHED = 64  # frames that may be under way before their sender waits
 
@@ -42,7 +44,8 @@ class Streams:
 class Gloo:
     """Frames from process to process by torch.distributed, in the clear: for a network that one trusts.
 
-    A message longer than what is posted for it would abort the process, so the header always goes first.
+    A message longer than the memory that is posted for it would abort the process. So what is posted is always as long
+    as a header with a small payload, which travel as one; a large payload follows once its header was checked.
 
     Arguments:
         party: whose process this is; parties: all, the same list everywhere.
@@ -56,30 +59,41 @@ class Gloo:
         self.ranks = {other: rank for rank, other in enumerate(parties)}
         self.group: Any = dist.ProcessGroupGloo(store, self.ranks[party], len(parties), options)
         self.unfinished: deque[tuple[dist.Work, Tensor]] = deque()
+        self.message = memoryview(b"")
+        self.posted: dict[Party, deque[tuple[dist.Work, Tensor]]] = {}
+        for other in parties:
+            if other != party:
+                self.posted[other] = deque(self._post(other, HEADER_BYTES + SMALL) for _ in range(AHEAD))
 
     def send(self, dst: Party, head: bytes, payload: memoryview | bytes) -> None:
-        for part in (head, payload):
-            if len(part):
-                memory = torch.frombuffer(bytearray(part), dtype=torch.uint8)
-                self.unfinished.append((self.group.send([memory], self.ranks[dst], 0), memory))
+        parts = (b"".join((head, payload)),) if len(payload) <= SMALL else (head, payload)
+        for tag, part in enumerate(parts):
+            memory = torch.frombuffer(bytearray(part), dtype=torch.uint8)
+            self.unfinished.append((self.group.send([memory], self.ranks[dst], tag), memory))
         while len(self.unfinished) > UNFINISHED:
             self.unfinished.popleft()[0].wait()
 
     def receive_head(self, src: Party) -> bytes:
-        return bytes(self._receive(src, HEADER_BYTES))
+        posted = self.posted[src]
+        self.message = _arrived(*posted.popleft())
+        posted.append(self._post(src, HEADER_BYTES + SMALL))
+        return bytes(self.message[:HEADER_BYTES])
 
     def receive_payload(self, src: Party, num_bytes: int) -> memoryview:
-        return self._receive(src, num_bytes) if num_bytes else memoryview(b"")
+        if num_bytes <= SMALL:
+            return self.message[HEADER_BYTES : HEADER_BYTES + num_bytes]
+        return _arrived(*self._post(src, num_bytes, tag=1))
 
-    def close(self) -> None:
-        while self.unfinished:
-            self.unfinished.popleft()[0].wait()
-
-    def _receive(self, src: Party, num_bytes: int) -> memoryview:
+    def _post(self, src: Party, num_bytes: int, tag: int = 0) -> tuple[dist.Work, Tensor]:
+        """Lay memory out for a message; posted ahead, it saves gloo a round trip."""
         memory = torch.empty(num_bytes, dtype=torch.uint8)
-        try:
-            self.group.recv([memory], self.ranks[src], 0).wait()
-        except RuntimeError:
-            time.sleep(PATIENCE)  # the streams know who is lost, and end this process
-            raise
-        return memory.numpy().data
+        return self.group.recv([memory], self.ranks[src], tag), memory
+
+
+def _arrived(work: dist.Work, memory: Tensor) -> memoryview:
+    try:
+        work.wait()
+    except RuntimeError:
+        time.sleep(PATIENCE)  # the streams know who is lost, and end this process
+        raise
+    return memory.numpy().data

@@ -23,6 +23,7 @@ from splitlearn.layout import Party
 from splitlearn.ledger import is_alice
 
 ON_FAILURE = ("stop", "wait", "skip")
+LAST_PORT = 65535
 PATIENCE = 10.0  # seconds that the others have to notice that a party is lost
 Play = Callable[[Attempt, "Post"], None]
 """What a process does: build its part of the run, train it, and post what came of it."""
@@ -53,13 +54,17 @@ class Processes:
             if not isinstance(getattr(self, name), int | float) or getattr(self, name) <= 0:
                 raise InputError(f"`engine.{name}` (={getattr(self, name)}) must be a number above 0")
         host, _, port = str(self.address).rpartition(":")
-        if not host or not port.isdecimal() or int(port) > 65535:
+        if not host or not port.isdecimal() or int(port) > LAST_PORT:
             raise InputError(f"`engine.address` (={self.address}) must be HOST:PORT, e.g. 127.0.0.1:29400")
-        if self.party is not None and int(port) == 0:
+        if self.party is not None and not self.has_port:
             raise InputError(
                 f"`engine.address` (={self.address}) must name a port when `engine.party` (={self.party}) is given: "
                 "the same HOST:PORT for all, at which the hub listens"
             )
+
+    @property
+    def has_port(self) -> bool:
+        return not self.address.endswith(":0")
 
     def launch(self, plays: dict[Party, Play], output_dir: str) -> dict[str, float]:
         """Run a process for each of these parties, the hub first, until the run is over; return the hub's metrics.
@@ -130,6 +135,7 @@ class Crew:
         self.plays = plays
         self.run_id: str | None = None
         self.notes: dict[Party, dict[str, Any]] = {party: {} for party in plays}
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # who waits must not keep a core busy that another needs
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["splitlearn.federate"])  # so that a process starts in no time
 

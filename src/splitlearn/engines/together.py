@@ -28,13 +28,19 @@ class Together(Callback):
     def __init__(self, gone: Collection[Party] = ()) -> None:
         self.gone = list(gone)
         self.parties: dict[Party, dict[str, Any]] = {}
-        self.computed = 0.0
+        self.seconds: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
         learner.rounds.leave_out(self.gone)
-        self.began = time.perf_counter()
+        wire = learner.network.wire
+        assert isinstance(wire, RemoteWire)
+        self.began, wire.seconds = time.perf_counter(), dict.fromkeys(wire.seconds, 0.0)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
+        spent, wire = time.perf_counter() - self.began, learner.network.wire
+        assert isinstance(wire, RemoteWire)
+        seconds = {"computing": spent - sum(wire.seconds.values()), **wire.seconds}
+        self.seconds = {what: round(value, 3) for what, value in seconds.items()}
         told = self._tell(learner, {"loss": learner.epoch_loss.sums})
         for each in told:
             learner.epoch_loss.sums.update(each["loss"])
@@ -56,11 +62,8 @@ class Together(Callback):
     def _tell(self, learner: SplitLearner, more: dict[str, Any]) -> list[dict[str, Any]]:
         wire = learner.network.wire
         assert isinstance(wire, RemoteWire)
-        spent = time.perf_counter() - self.began
-        seconds = {"computing": spent - sum(wire.seconds.values()), **wire.seconds}
-        account = {"seconds": {what: round(value, 3) for what, value in seconds.items()}}
         tables = [learner.ledger.table(), learner.evaluation_ledger.table()]
-        own = {"party": wire.party, **account, "overhead_bytes": dict(wire.overhead)}
+        own = {"party": wire.party, "seconds": self.seconds, "overhead_bytes": dict(wire.overhead)}
         told = wire.gather({"own": own, "tables": tables, **more})
         for each in told:
             party = each["own"].pop("party")
