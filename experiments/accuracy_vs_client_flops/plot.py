@@ -1,7 +1,8 @@
 """Draw accuracy against its costs: `python plot.py FOLDER NAME`, of runs in FOLDER/PARTITION/SCHEDULE/LR.
 
 Of the learning rates that a scheme has tried, the one counts whose last validation was best.
-Leaves results/NAME_PARTITION.png, and of all partitions results/NAME.csv and results/NAME.md.
+Leaves results/NAME_PARTITION.png, and of all partitions results/NAME.csv (the runs that count), results/NAME.md (their
+table) and results/NAME_rates.md (what all learning rates came to).
 """
 
 import csv
@@ -12,6 +13,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 RESULTS = Path(__file__).parent / "results"
 # Colours that the colour-blind tell apart (Okabe and Ito 2008); of two schemes that must agree, one is dashed.
@@ -24,9 +26,9 @@ STYLES = {
     "large_batch": ("#D55E00", "-"),
 }
 COSTS = {
-    "client_flops": ("client GFLOPs so far, all Alices together (logarithmic)", 1e9),
+    "client_flops": ("client GFLOPs so far, all Alices together", 1e9),
     "round": ("rounds", 1),
-    "bytes": ("MB sent so far, by all (logarithmic)", 1e6),
+    "bytes": ("MB sent so far, by all", 1e6),
 }
 ENOUGH = 0.9  # the accuracy whose price is told
 KEPT = ("epoch", "step", "client_flops", "client_flops_max", "bytes", "train/loss", "val/loss", "val/accuracy")
@@ -35,22 +37,30 @@ Runs = dict[str, dict[str, Any]]  # results.json of each scheme
 
 def main(folder: str, name: str) -> None:
     partitions = {path.name: read(path) for path in sorted(Path(folder).iterdir()) if path.is_dir()}
+    RESULTS.mkdir(exist_ok=True)
     keep(partitions, name)
     for partition, runs in partitions.items():
         draw(runs, RESULTS / f"{name}_{partition}.png")
     tables = "\n".join(f"{partition}:\n\n{tabulate(runs)}" for partition, runs in partitions.items())
     (RESULTS / f"{name}.md").write_text(tables)
-    print(tables)
+    rates = "\n".join(f"{partition}:\n\n{tabulate_rates(Path(folder, partition))}" for partition in partitions)
+    (RESULTS / f"{name}_rates.md").write_text(rates)
+    print(tables, rates, sep="\n")
 
 
 def read(folder: Path) -> Runs:
     return {scheme: best(folder / scheme) for scheme in STYLES}
 
 
+def tried(folder: Path) -> list[dict[str, Any]]:
+    """A scheme's runs, by learning rate."""
+    runs = [{"lr": path.parent.name, **json.loads(path.read_text())} for path in folder.glob("*/results.json")]
+    return sorted(runs, key=lambda run: float(run["lr"]))
+
+
 def best(folder: Path) -> dict[str, Any]:
     """Of the runs that came to their end."""
-    runs = [{"lr": path.parent.name, **json.loads(path.read_text())} for path in folder.glob("*/results.json")]
-    run = max((run for run in runs if run["test"]), key=lambda run: run["epochs"][-1]["val/accuracy"])
+    run = max((run for run in tried(folder) if run["test"]), key=lambda run: run["epochs"][-1]["val/accuracy"])
     return {**run, "epochs": [{**epoch, "round": epoch["epoch"] + 1} for epoch in run["epochs"]]}
 
 
@@ -70,10 +80,14 @@ def draw(runs: Runs, path: Path) -> None:
     for axes, (cost, (label, _)) in zip(row, COSTS.items(), strict=True):
         for scheme, run in runs.items():
             draw_run(axes, cost, scheme, run["epochs"])
-        axes.set(xlabel=label, xscale="linear" if cost == "round" else "log")
+        axes.set(xlabel=label)
+        if cost != "round":
+            axes.set(xscale="log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    row[0].set(ylabel="validation accuracy", ylim=(0, 1))
+    row[0].set(ylabel="validation accuracy", ylim=(0, 1.02))
     figure.legend(*row[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.savefig(path, dpi=100)
 
@@ -83,6 +97,8 @@ def draw_run(axes: Axes, cost: str, scheme: str, epochs: list[dict[str, float]])
     accuracy = [epoch["val/accuracy"] for epoch in epochs]
     if not epochs[-1][cost]:  # nothing crosses: no place on a logarithmic axis
         axes.axhline(accuracy[-1], color=colour, linestyle=line)
+        style = {"size": 9, "ha": "right", "va": "top", "transform": axes.get_yaxis_transform()}
+        axes.text(0.98, accuracy[-1] - 0.015, f"{scheme} sends nothing", style)
         return
     spent = [epoch[cost] / COSTS[cost][1] for epoch in epochs]
     axes.plot(spent, accuracy, color=colour, linestyle=line, marker="o", markersize=3, linewidth=2, label=scheme)
@@ -113,6 +129,24 @@ def price(epochs: list[dict[str, float]]) -> list[str]:
     if enough is None:
         return ["not reached", "", ""]
     return [str(enough["round"]), amount(enough["client_flops"] / 1e9), amount(enough["bytes"] / 1e6)]
+
+
+def tabulate_rates(folder: Path) -> str:
+    """The accuracies after the last round, validation and test, of each scheme and learning rate."""
+    runs = {scheme: {run["lr"]: run for run in tried(folder / scheme)} for scheme in STYLES}
+    rates = sorted({lr for of_scheme in runs.values() for lr in of_scheme}, key=float)
+    lines = [f"| scheme | {' | '.join(rates)} |", f"|{'---|' * (1 + len(rates))}"]
+    for scheme, of_scheme in runs.items():
+        lines.append(f"| {' | '.join([scheme, *(outcome(of_scheme.get(lr)) for lr in rates)])} |")
+    return "\n".join(lines) + "\n"
+
+
+def outcome(run: dict[str, Any] | None) -> str:
+    if run is None:
+        return ""
+    if not run["test"]:
+        return f"stopped in round {len(run['epochs']) + 1}"  # the loss was not a number
+    return f"{run['epochs'][-1]['val/accuracy']:.3f}, {run['test']['test/accuracy']:.3f}"
 
 
 def amount(value: float) -> str:

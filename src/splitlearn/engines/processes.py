@@ -24,6 +24,7 @@ from splitlearn.ledger import is_alice
 
 ON_FAILURE = ("stop", "wait", "skip")
 LAST_PORT = 65535
+TRIES = 5  # without a new snapshot in between; then the fault is in the program
 PATIENCE = 10.0  # seconds that the others have to notice that a party is lost
 Play = Callable[[Attempt, "Post"], None]
 """What a process does: build its part of the run, train it, and post what came of it."""
@@ -71,13 +72,18 @@ class Processes:
 
         Raises InputError for what does not fit, PartyLostError when the run cannot go on.
         """
-        run, gone = None, tuple[Party, ...]()
+        run, gone, begun = None, tuple[Party, ...](), list[int]()
         while True:
             crew = Crew({party: play for party, play in plays.items() if party not in gone})
             outcome = crew.run(self.address, run, gone)
             run = crew.run_id or run
             if outcome.lost is None:
                 return outcome.metrics
+            begun.append(crew.begun)
+            if begun[-TRIES:].count(crew.begun) == TRIES:
+                raise PartyLostError(
+                    f"{outcome.lost} was lost {TRIES} times on the way from one snapshot: {outcome.why}"
+                )
             gone = self._go_on(outcome, gone, output_dir)
             rank_zero_info(f"{outcome.lost} was lost at mini-batch {outcome.step} ({outcome.why}); going on")
 
@@ -134,6 +140,7 @@ class Crew:
     def __init__(self, plays: dict[Party, Play]) -> None:
         self.plays = plays
         self.run_id: str | None = None
+        self.begun = -1  # the mini-batch that all went on from, once they have met
         self.notes: dict[Party, dict[str, Any]] = {party: {} for party in plays}
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # who waits must not keep a core busy that another needs
         self.context = multiprocessing.get_context("forkserver")
@@ -190,7 +197,8 @@ class Crew:
             while connection is not None and connection.poll():
                 note = json.loads(connection.recv_bytes())
                 self.notes[party].update(note)
-                self.run_id = note.get("run", self.run_id)
+                if "run" in note:
+                    self.run_id, self.begun = note["run"], note["step"]
                 if "port" in note:
                     for other in self.connections.values():
                         other.send_bytes(json.dumps(note).encode())
