@@ -142,7 +142,10 @@ OPTIONS = [
 ]
 TABLES = Path(__file__).parent / "tables"
 PATIENTS = ["data=table", f"data.root={TABLES}/patients.csv", "data.label=diagnosis"]
+TOGETHER = ["data.source.features=[age,pressure]", "data.source.classes=[ill,well]"]
+OWN = ["data=own_table", f"data.root={TABLES}/own.csv", "data.label=diagnosis", *TOGETHER]
 NEEDS = {
+    ("data", "own_table"): OWN,
     ("data", "table"): PATIENTS,
     ("partition", "by_file"): [*PATIENTS, "num_alices=2", f"partition.path={TABLES}/parties.csv"],
     ("partition", "label_shards"): ["num_alices=5"],

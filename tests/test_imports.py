@@ -14,7 +14,7 @@ LAYERS = [
     *("models.layers", "models.lenet", "models.mlp", "models.resnet", "models.vgg", "models.zoo", "models"),
     *("wire", "cut", "segment", "network", "flops", "leakage", "cuts"),
     *("averaging", "live", "partition", "sharing", "means", "schedule", "rounds", "tally", "checks", "timeline"),
-    *("pace", "data.augment", "data.sources", "data.table", "data.rows"),
+    *("pace", "data.augment", "data.sources", "data.table", "data.own", "data.rows"),
     *("data.holdout", "data.loader", "data.module", "data"),
     *("optimizers", "learner", "prediction"),
     *("drawing", "picture", "accuracy", "watch", "callbacks", "judging"),

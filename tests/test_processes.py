@@ -74,3 +74,18 @@ def test_so_they_do_over_grpc(configure, tmp_path):
 @pytest.mark.parametrize(("asked", "holders"), [*RUNS.values(), *MORE.values()], ids=[*RUNS, *MORE])
 def test_every_scheme_and_layout_equals_the_simulator_over_grpc(asked, holders, configure, tmp_path):
     check(asked, holders, "grpc", configure, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["schedule=fedavg", "logger=tensorboard", "trainer.log_every_n_steps=3"],
+        ["schedule=fedavg", "trainer.max_steps=15"],  # which ends in mid-round
+        ["schedule=splitfed_v1", "schedule.turn=2", "trainer.val_check_interval=5", "trainer.max_steps=13"],
+        ["layout.cut=2", "data.in_memory=false", "trainer.gradient_clip_val=0.1", "scheduler=plateau"],
+    ],
+    ids=["TensorBoard", "max_steps", "validation in mid-round", "streamed, clipped, plateau"],
+)
+def test_what_a_trainer_is_asked_holds_for_processes(asked, configure, tmp_path):
+    simulated = run_tiny(configure, tmp_path / "simulated", "num_alices=3", *asked)
+    assert run_tiny(configure, tmp_path / "run", "num_alices=3", *asked, "engine=processes") == simulated

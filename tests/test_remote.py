@@ -2,7 +2,9 @@
 
 import os
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import permutations
 from pathlib import Path
@@ -87,7 +89,8 @@ def connected(ends: Ends, folder: Path, wire: str) -> dict[str, RemoteWire]:
     }
     identities = {party: wiring.identity(party) for party, wiring in wirings.items()}
     shown = {party: own.certificate.decode() for party, own in identities.items() if own is not None}
-    said = {"run": RUN.hex(), "certificates": shown}
+    nonces = {party: wiring.nonce.hex() for party, wiring in wirings.items()}
+    said = {"run": RUN.hex(), "certificates": shown, "nonces": nonces}
     stars, welcome = ends.meet(identities=identities, welcome=lambda hub: {**said, **wirings["bob"].offer(hub)})
 
     def connect(party: str) -> None:
@@ -265,12 +268,40 @@ def test_by_name_arrives_what_was_sent_and_only_where_it_is_for(ends, folder, wi
     assert wires["alice0"].ledger.num_bytes == wires["alice1"].ledger.num_bytes == simulator.ledger.num_bytes
 
 
-@pytest.mark.parametrize("names", [["c"], ["a", "c/exp_avg"], ["a", ""], [""]])
-def test_a_name_that_nobody_has_is_refused(names):
+@pytest.mark.parametrize(
+    ("kind", "names", "message"),
+    [
+        ("weights", ["a", "b", "c"], "weights of other names than a, b: c"),
+        ("weights", ["a"], "weights of other names than a, b: b"),
+        ("weights", [], "weights of other names than a, b: a, b"),
+        ("weights", ["a", "b/x"], "weights of other names than a, b: b, b/x"),
+        ("weight_gradient", ["c"], "weight_gradient of `c`, which is none of a, b"),
+        ("weight_gradient", [""], "weight_gradient of ``, which is none of a, b"),
+        ("weight_gradient", ["a/x"], "weight_gradient of `a/x`, which is none of a, b"),
+        ("optimizer_state", ["c/step"], "optimizer_state of `c`, which is none of a, b"),
+        ("optimizer_state", ["a/b/step"], "optimizer_state of `a/b`, which is none of a, b"),
+        ("optimizer_state", [f"a/{i}" for i in range(33)], "optimizer_state of 33 names, too many or some twice"),
+    ],
+)
+def test_names_that_nobody_has_or_that_are_missing_are_refused(kind, names, message):
     wires = queued()
-    wires["alice0"].carry_all(dict.fromkeys(names, drawn(3)), "alice0", "bob", "weights")
-    with pytest.raises(FrameError, match=r"alice0 sent `.*`, which is none of a, b"):
-        wires["bob"].carry_all(dict.fromkeys("ab", torch.empty(3, device="meta")), "alice0", "bob", "weights")
+    wires["alice0"].carry_all(dict.fromkeys(names, drawn(3)), "alice0", "bob", kind)
+    with pytest.raises(FrameError, match=message):
+        wires["bob"].carry_all(dict.fromkeys("ab", torch.empty(3, device="meta")), "alice0", "bob", kind)
+
+
+def test_who_is_far_ahead_waits_for_an_answer(monkeypatch):
+    """Both ends count alike: after 1,000 bytes without anything the other way, the receiver tells her to go on."""
+    monkeypatch.setattr("splitlearn.remote.AHEAD", 1000)
+    wires, rows = queued(), drawn(64)
+    with ThreadPoolExecutor(2) as pool:
+        sends = pool.submit(lambda: [wires["alice0"].carry(rows, "alice0", "bob", "activation") for _ in range(20)])
+        time.sleep(0.2)
+        assert wires["alice0"].sent["bob"] == 4  # 1,024 bytes: she waits
+        received = [wires["bob"].carry(rows.to("meta"), "alice0", "bob", "activation") for _ in range(20)]
+        sends.result(PATIENCE)
+    assert all(torch.equal(each, rows) for each in received)
+    assert wires["bob"].sent["alice0"] == 5
 
 
 @pytest.mark.parametrize(

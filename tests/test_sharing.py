@@ -1,5 +1,6 @@
 """What each sharing does to weights and optimizer, on a bottom of one linear layer and batch norm."""
 
+import copy
 import re
 
 import pytest
@@ -394,3 +395,23 @@ def test_all_step_by_what_the_server_answers():
     sharing.give(live, "alice0", 3)
     sharing.end_round(live)
     assert all(torch.equal(value.grad, torch.ones_like(value)) for value in live.trained.values())
+
+
+def test_who_is_left_out_leaves_what_she_was_handed_to_who_gave_it():
+    live, sharing = make_live(), Handoff()
+    take_turns(sharing, live, "alice0", "alice1", "alice2")
+    assert copy.deepcopy(sharing).leave_out(["alice0"]) == "alice2"
+    assert copy.deepcopy(sharing).leave_out(["alice2"]) == "alice1"
+    assert copy.deepcopy(sharing).leave_out(["alice1", "alice2"]) == "alice0"
+    assert sharing.leave_out(["alice0", "alice1", "alice2"]) is None
+
+
+def test_of_a_mean_gradient_somebody_abreast_has_the_weights():
+    live, sharing = make_live(), MeanGradient()
+    take_turns(sharing, live, "alice0", "alice2")
+    sharing.end_round(live)
+    assert sharing.leave_out(["alice0"]) == "alice2"
+    assert sharing.leave_out(["alice2"]) is None
+    before = live.wire.ledger.table()
+    sharing.show(live, "alice1")  # she has missed the step
+    assert live.wire.ledger.table() != before

@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.callbacks import Callback, Checkpoint, ProgressBar
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from splitlearn.data import SplitData
@@ -143,7 +144,7 @@ def _make_trainer(cfg: DictConfig) -> pl.Trainer:
         gradient_clip_val=None,
         logger=list(make(cfg.logger).values()),
         callbacks=_make_callbacks(cfg),
-        plugins=[SafeCheckpointIO()],
+        plugins=[SafeCheckpointIO(), LightningEnvironment()],  # whatever starts the process, Lightning need not know
     )
     if trainer.world_size != 1:
         raise InputError(f"`trainer.devices` (={cfg.trainer.devices}) must be 1: the parties of a run share one device")

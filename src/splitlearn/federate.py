@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import os
+import shutil
 import traceback
 from dataclasses import replace
 from functools import partial
@@ -31,13 +32,17 @@ from splitlearn.sealing import SealError
 
 # What each host may have in its own way; all the rest must be the same everywhere.
 LOCAL = (
-    *("output_dir", "ckpt", "metric", "logger", "callbacks", "engine", "wire.certificates"),
+    *("output_dir", "ckpt", "metric", "logger", "wire.certificates"),
+    *("engine.party", "engine.address", "engine.timeout", "engine.join_timeout"),
+    *(f"callbacks.{name}" for name in ("progress_bar", "drawing", "results", "watch", "interrupt", "checkpoint")),
     *("data.root", "data.download", "data.num_workers", "data.in_memory", "data.source.root", "data.source.download"),
+    "data.source.path",
     *("trainer.accelerator", "trainer.devices", "trainer.enable_progress_bar", "trainer.default_root_dir"),
     *("trainer.profiler", "trainer.benchmark", "trainer.log_every_n_steps", "trainer.enable_model_summary"),
 )
 # Of the simulator alone: Ctrl-C reaches the process that starts the others, and the drawing is of all parties.
 NOT_HERE = ("splitlearn.callbacks.Interrupt", "splitlearn.callbacks.Drawing")
+COLUMN_OWNERS = ("vertical", "extended_vanilla")
 # Of these one line says enough.
 EXPECTED = (InputError, DivergedError, MisconfigurationException, FrameError, SealError)
 
@@ -48,7 +53,7 @@ def federate(cfg: DictConfig, engine: Processes) -> dict[str, float]:
     Returns the metrics; leaves `results.json` and a folder for each party in the run's folder. Raises InputError for
     what does not fit, PartyLostError when a party is lost and the run cannot go on.
     """
-    _check(cfg)
+    _check(cfg, engine)
     with as_input_error():
         wiring = make(cfg.wire)
     output_dir = Path(cfg.output_dir).resolve()
@@ -58,6 +63,7 @@ def federate(cfg: DictConfig, engine: Processes) -> dict[str, float]:
         parties = [engine.party] if engine.party is not None else _plan(cfg, engine)
         if len(parties) > 1 and isinstance(wiring, GrpcWiring) and wiring.needs_certificates:
             make_certificates(parties, Path(secrets))
+            shutil.rmtree(Path(secrets) / "ca")  # nobody else is to come
             cfg.wire.certificates = secrets
         plays = {party: _play_of(cfg, party, parties, output_dir) for party in parties}
         try:
@@ -66,7 +72,7 @@ def federate(cfg: DictConfig, engine: Processes) -> dict[str, float]:
             _write_results(output_dir, parties, stopped=str(error))
             raise
     results = _write_results(output_dir, parties)
-    print_table("one process per party", metrics, results["bytes"], output_dir)
+    print_table("one process per party", metrics, results.get("bytes", {}), output_dir)
     return metrics
 
 
@@ -83,7 +89,7 @@ def play(text: str, engine: Processes, attempt: Attempt, post: Post) -> None:
             terms = engine.timeout, engine.join_timeout, engine.save_every_n_steps
             federation = Federation(attempt, wiring, *terms, post)
             run = build(cfg, federation.wire)
-        metrics = federation.run(run.trainer, run.learner, run.data, shared, ckpt)
+        metrics = federation.run(run.trainer, run.learner, run.data, shared, cfg.output_dir, ckpt)
         log_hyperparameters(cfg, run.trainer, metrics)
         post({"done": metrics})
     except Exception as error:
@@ -110,11 +116,17 @@ def _flatten(value: Any, name: str = "") -> dict[str, Any]:
     return {key: v for part in value for key, v in _flatten(value[part], f"{name}.{part}" if name else part).items()}
 
 
-def _check(cfg: DictConfig) -> None:
+def _check(cfg: DictConfig, engine: Processes) -> None:
     if cfg.trainer.max_time is not None:
         raise InputError(
             f"`trainer.max_time` (={cfg.trainer.max_time}) would stop each process at another mini-batch: "
             "take trainer.max_steps or trainer.max_epochs"
+        )
+    if any(str(callback.get("_target_")).endswith(".Timer") for callback in cfg.callbacks.values()):
+        raise InputError("a Timer would stop each process at another mini-batch: take trainer.max_steps")
+    if engine.on_failure == "skip" and str(cfg.layout._target_).endswith(COLUMN_OWNERS):
+        raise InputError(
+            "`engine.on_failure` (=skip) does not fit a layout in which every Alice owns columns: take stop or wait"
         )
     if cfg.link.bandwidth is not None:
         raise InputError(
@@ -145,13 +157,7 @@ def _plan(cfg: DictConfig, engine: Processes) -> list[Party]:
     with as_input_error():
         run = build(plan)
     print(_drawn(run), flush=True)
-    parties = parties_of(run.learner)
-    if engine.on_failure == "skip" and "alice" not in run.learner.layout.roles:
-        raise InputError(
-            f"`engine.on_failure` (=skip) does not fit {run.learner.layout.kind}, where every Alice owns columns: "
-            "take stop or wait"
-        )
-    return parties
+    return parties_of(run.learner)
 
 
 def _drawn(run: Run) -> str:
@@ -180,5 +186,7 @@ def _write_results(output_dir: Path, parties: list[Party], **more: Any) -> dict[
     """The hub's results are everybody's: they stand in the folder of the run as well."""
     source = output_dir / parties[0] / "results.json"
     results: dict[str, Any] = json.loads(source.read_text()) if source.is_file() else {}
-    (output_dir / "results.json").write_text(json.dumps({**results, **more}, indent=2) + "\n")
+    unfinished = output_dir / "results.json.tmp"
+    unfinished.write_text(json.dumps({**results, **more}, indent=2) + "\n")
+    unfinished.replace(output_dir / "results.json")
     return results

@@ -15,7 +15,7 @@ from splitlearn.certificates import Identity
 from splitlearn.errors import InputError
 from splitlearn.frame import FrameError
 from splitlearn.layout import Party
-from splitlearn.star import METHOD, SERVICE, Greeting, Lost, Star, options
+from splitlearn.star import METHOD, SERVICE, SLACK, Greeting, Lost, Star, options
 
 MOST_STREAMS = 4096  # a thread each, made when it is needed
 
@@ -38,6 +38,7 @@ class Hub(Star):
         self.identity = identity
         self.host = address.rpartition(":")[0]
         self.joined: dict[Party, Greeting] = {}
+        self.refusals: list[str] = []
         self.changed = threading.Condition()
         self.check: Callable[[Greeting], None] | None = None
         self.server = grpc.server(ThreadPoolExecutor(MOST_STREAMS), options=options(limit, timeout))
@@ -55,9 +56,10 @@ class Hub(Star):
             self.changed.notify_all()
             if not self.changed.wait_for(lambda: len(self.joined) == len(parties) - 1, timeout):
                 missing = [party for party in parties if party != self.party and party not in self.joined]
+                refused = f" (refused: {self.refusals[-1]})" if self.refusals else ""
                 raise InputError(
-                    f"{', '.join(missing)} did not come within {timeout:.0f} s: start them with the same command and "
-                    f"`engine.party=`, or raise `engine.join_timeout`"
+                    f"{', '.join(missing)} did not come within {timeout:.0f} s{refused}: start them with the same "
+                    "command and `engine.party=`, or raise `engine.join_timeout`"
                 )
         return dict(self.joined)
 
@@ -93,8 +95,12 @@ class Hub(Star):
 
     def _serve(self, incoming: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         try:
-            party = self._admit(json.loads(next(incoming)), context)
-        except (InputError, ValueError, KeyError, StopIteration) as error:
+            greeting = next(incoming)
+            if len(greeting) > SLACK:
+                raise InputError(f"a greeting of {len(greeting)} bytes must be of at most {SLACK}")
+            party = self._admit(json.loads(greeting), context)
+        except (InputError, ValueError, KeyError, TypeError, StopIteration) as error:
+            self.refusals.append(str(error))
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         out = self.outbox[party]
         if not context.add_callback(lambda: self._ended(party)):  # it ended while it waited to be admitted

@@ -27,8 +27,7 @@ from splitlearn.rounds import Rounds
 from splitlearn.schedule import Schedule
 from splitlearn.tally import EpochLoss, Tally, means
 
-Part = dict[str, Tensor | None]
-"""`output`, `labels` and `owners` of the rows that one Alice has evaluated; see `Rounds.predict`."""
+Part = dict[str, Tensor | None]  # `output`, `labels` and `owners` of the rows that one Alice has evaluated
 
 
 class SplitLearner(pl.LightningModule):
@@ -115,15 +114,13 @@ class SplitLearner(pl.LightningModule):
 
     @property
     def mean_loss(self) -> float:
-        """The mean training loss over the rows of this epoch so far."""
         return self.epoch_loss.mean
 
     def kind(self, data: object) -> dict[str, str]:
         """What a checkpoint must share with the run that goes on from it, and each process with the others."""
-        blocks = [block for _, segment in self.network.program for block in segment.named_children()]
         return {
             "layout": self.layout.describe(),
-            "model": ", ".join(f"{name} of {sum(p.numel() for p in block.parameters())}" for name, block in blocks),
+            "model": self.network.describe(),
             "optimizer": self.options,
             "num_alices": str(len(self.schedule.takers)),
             "schedule": self.schedule.describe(),
@@ -165,6 +162,7 @@ class SplitLearner(pl.LightningModule):
             rank_zero_warn("training stopped in the middle of a round: what is evaluated are the weights of its start")
 
     def on_validation_start(self) -> None:
+        self.rounds.settle()  # what is under way is of the training
         self.network.wire.ledger = self.evaluation_ledger
         self.rounds.find()
         self.rounds.show()
@@ -210,14 +208,14 @@ class SplitLearner(pl.LightningModule):
             self._tell_finished(turns)
         if turns.ends_round or self.pace.left == 0:
             self.rounds.end()
-            self.stepper.step(self.rounds.deferred)
+            if any(self.rounds.present(turns.batches)):  # else the gradients are of an earlier step
+                self.stepper.step(self.rounds.deferred)
         if self.schedule.turn == "step":
             self._tell_finished(turns)
         self.stepper.step_schedulers("step")
 
     def _tell_finished(self, turns: Turns) -> None:
-        finished = [alice for alice in turns.finishes if alice not in self.rounds.gone]
-        for judge, alice in product(self.judges, finished):
+        for judge, alice in product(self.judges, [a for a in turns.finishes if a not in self.rounds.gone]):
             judge.on_alice_finished(self.trainer, self, alice)
 
     def _pass(self, batch: Batch, cast: Mapping[Role, Party]) -> Tensor:
@@ -228,8 +226,7 @@ class SplitLearner(pl.LightningModule):
             if output.device.type == "meta":  # another process holds the loss
                 self.network.backward(None, tape)
                 continue
-            loss = self.loss(output, labels)
-            loss = loss if len(passes) == 1 else loss * (len(part.ids) / len(batch.ids))
+            loss = self.loss(output, labels) * (len(part.ids) / len(batch.ids) if len(passes) > 1 else 1)
             self.network.backward(self.stepper.before_backward(loss), tape)
             losses.append(loss.detach())
         return torch.stack(losses).sum() if losses else torch.empty((), device="meta")

@@ -63,7 +63,8 @@ class Live:
         """
         if self.role != "alice":
             return tensors
-        return self.wire.carry_all(tensors if self.at(src) else self._shapes(kind), src, dst, kind)
+        known = tensors if self.at(src) or (tensors and kind == "weights") else self._shapes(kind)
+        return self.wire.carry_all(known, src, dst, kind)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         write(self.weights, tensors)

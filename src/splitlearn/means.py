@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,13 +123,17 @@ class MeanGradient(Sharing):
             live.load(self.start)
         else:
             self.start = copied(live.buffers)
+        self.show(live, alice)
+
+    def show(self, live: Live, alice: Party) -> None:
         if self.abreast is not None and alice not in self.abreast:  # she has missed a step
             live.load(live.carry(live.weights, SERVER, alice, "weights"))
             live.load_state(live.carry(live.state, SERVER, alice, "optimizer_state"))
+            self.abreast.add(alice)
 
     def give(self, live: Live, alice: Party, num_rows: int) -> None:
         gradients = live.carry(live.gradients, alice, SERVER, "weight_gradient")
-        buffers = live.carry(live.buffers, alice, SERVER, "weights")
+        buffers = live.carry(live.buffers, alice, SERVER, "weights") if live.buffers else {}
         self.mean.add({**gradients, **buffers}, num_rows if self.weighting == "samples" else 1)
         self.givers.append(alice)
 
@@ -139,9 +144,14 @@ class MeanGradient(Sharing):
             live.load_gradients({name: mean for name, mean in means.items() if name in live.trained})
         for alice in self.givers:
             live.load_gradients(live.carry(live.gradients, SERVER, alice, "weight_gradient"))
-            live.load(live.carry(live.buffers, SERVER, alice, "weights"))
+            live.load(live.carry(live.buffers, SERVER, alice, "weights") if live.buffers else {})
         self.abreast = {*self.givers} if self.givers else self.abreast
         self.givers, self.start = [], {}
+
+    def leave_out(self, parties: Collection[Party]) -> Party | None:
+        if self.abreast is not None:
+            self.abreast -= {*parties}
+        return min(self.abreast or (), default=None)
 
     def state_dict(self) -> dict[str, Any]:
         return {"abreast": None if self.abreast is None else sorted(self.abreast)}

@@ -127,6 +127,11 @@ class SplitNetwork(nn.Module):
         """Whether all of the network lives in this process."""
         return len(self.segments) == len(self.program)
 
+    def describe(self) -> str:
+        """One line that two models of the same blocks share."""
+        blocks = [block for _, segment in self.program for block in segment.named_children()]
+        return ", ".join(f"{name} of {sum(p.numel() for p in block.parameters())}" for name, block in blocks)
+
     def check_sizes(self, smallest: Mapping[Party, int]) -> None:
         """Raises InputError when the smallest mini-batch of a party is one row, and a block cannot train on one."""
         averse = [name for _, segment in self.program for name in segment.averse]

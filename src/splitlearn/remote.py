@@ -33,6 +33,8 @@ from splitlearn.sealing import Seal
 from splitlearn.wire import SERVER, Message, Wire
 
 LARGEST_NOTE = 2**24  # bytes of JSON that one party may tell another
+MOST_KEYS = 16  # of an optimizer's state for a parameter
+AHEAD = 2**26  # bytes that a sender may be ahead of an answer
 WIDEST = 8  # bytes of an element, whatever the precision
 IN_STEP = ("activation", "gradient", "label")  # belong to the mini-batch at hand; weights may be under way for longer
 
@@ -68,6 +70,7 @@ class RemoteWire(Wire):
         self.seconds = {"waiting": 0.0, "wire": 0.0}
         self.sent: Counter[Party] = Counter()
         self.received: Counter[Party] = Counter()
+        self.ahead: Counter[tuple[Party, Party]] = Counter()  # bytes (src, dst) since the last ones the other way
 
     def connect(
         self, transport: Transport, parties: Sequence[Party], run: bytes, seals: Mapping[Party, Seal] | None = None
@@ -103,7 +106,8 @@ class RemoteWire(Wire):
             names = self._hear(src)
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise FrameError(f"{src} sent no list of names, but {str(names)[:80]}")
-            return {name: self._arrived(_like(tensors, name, src), src, kind, "/" not in name) for name in names}
+            _check_names(names, tensors, src, kind)
+            return {name: self._arrived(_like(tensors, name), src, kind, name in tensors) for name in names}
         return {}
 
     def gather(self, values: Any) -> list[Any]:
@@ -145,6 +149,16 @@ class RemoteWire(Wire):
         except (ValueError, RecursionError) as error:
             raise FrameError(f"what {src} tells cannot be read: {error}") from error
 
+    def _keep_pace(self, src: Party, dst: Party, num_bytes: int) -> None:
+        """Both ends count alike: who has sent much without an answer waits for one, so that memory is bounded."""
+        self.ahead[dst, src], self.ahead[src, dst] = 0, self.ahead[src, dst] + num_bytes
+        if self.ahead[src, dst] > AHEAD:
+            self.ahead[src, dst] = 0
+            if src == self.party:
+                self._hear(dst)
+            else:
+                self._tell("go on", src)
+
     def _send(self, tensor: Tensor, dst: Party, kind: str, flags: int = 0) -> None:
         began = time.perf_counter()
         self.sent[dst] += 1
@@ -161,6 +175,7 @@ class RemoteWire(Wire):
         self.overhead["headers"] += HEADER_BYTES
         self.transport.send(dst, pack(header, payload), payload)
         self.seconds["wire"] += time.perf_counter() - began
+        self._keep_pace(self.party, dst, len(payload))
 
     def _receive(
         self, src: Party, kind: str, limit: int, shape: tuple[int, ...] | None, dtype: torch.dtype | None
@@ -182,6 +197,7 @@ class RemoteWire(Wire):
             payload = self.seals[src].open(payload, _unsealed(header))
         self.seconds["waiting"] += arrived - began
         self.seconds["wire"] += time.perf_counter() - arrived
+        self._keep_pace(src, self.party, header.num_bytes)
         return header.flags, tensor_of(header._replace(num_bytes=len(payload)), payload)
 
 
@@ -190,8 +206,18 @@ def _unsealed(header: Header) -> bytes:
     return pack(header._replace(num_bytes=0, flags=(header.flags | NOTHING) & ~SEALED), b"")
 
 
-def _like(tensors: Mapping[str, Tensor], name: str, src: Party) -> Tensor:
+def _like(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """What an arriving tensor should look like: `0/exp_avg`, of an optimizer's state, like parameter `0`."""
-    if name not in tensors and name.partition("/")[0] not in tensors:
-        raise FrameError(f"{src} sent `{name}`, which is none of {', '.join(tensors)}")
     return tensors[name] if name in tensors else tensors[name.partition("/")[0]]
+
+
+def _check_names(names: list[str], tensors: Mapping[str, Tensor], src: Party, kind: str) -> None:
+    """Weights must all be there; gradients may be fewer; of an optimizer's state are some keys for each parameter."""
+    known = [name.rpartition("/")[0] if kind == "optimizer_state" else name for name in names]
+    if kind == "weights" and set(names) != set(tensors):
+        odd = sorted(set(names) ^ set(tensors))
+        raise FrameError(f"{src} sent weights of other names than {', '.join(tensors)}: {', '.join(odd)[:200]}")
+    if odd := sorted({*known} - {*tensors}):
+        raise FrameError(f"{src} sent {kind} of `{odd[0][:80]}`, which is none of {', '.join(tensors)}")
+    if len({*names}) < len(names) or len(names) > MOST_KEYS * len(tensors):
+        raise FrameError(f"{src} sent {kind} of {len(names)} names, too many or some twice")

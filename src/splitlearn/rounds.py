@@ -124,11 +124,11 @@ class Rounds:
     def leave_out(self, parties: Collection[Party]) -> None:
         """These Alices are gone for good: their mini-batches are left out, and what they had not handed over."""
         self.gone = frozenset(parties)
-        for sharing in self.sharings.values():
-            sharing.leave_out(parties)
+        left = [taker for taker in self.schedule.takers if taker not in parties]
+        holders = [sharing.leave_out(parties) for sharing in self.sharings.values()]
         if self.holder in parties:
             self.taking, self.num_rows = False, 0
-            self.holder = next(taker for taker in self.schedule.takers if taker not in parties)
+            self.holder = next((holder for holder in holders if holder is not None), left[0])
 
     def settle(self) -> None:
         """Receive what is under way, before all save their state."""

@@ -46,8 +46,9 @@ class Sharing:
     def hide(self, live: Live, alice: Party) -> None:
         """Go on training."""
 
-    def leave_out(self, parties: Collection[Party]) -> None:
-        """Parties are gone for good, and what they had with them."""
+    def leave_out(self, parties: Collection[Party]) -> Party | None:
+        """Parties are gone for good, and what they had with them. Return who has the weights now, if somebody does."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -73,7 +74,9 @@ class Handoff(Sharing):
     optimizer_state: str = "carry"
     handoff: str = "peer"
     holder: Party | None = field(default=None, init=False, repr=False)
-    before: Party | None = field(default=None, init=False, repr=False)  # who had it before her
+    before: list[Party] = field(
+        default_factory=list, init=False, repr=False
+    )  # who had it before her, the last one last
     kept: dict[Party, dict[int, dict[str, Any]]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -89,7 +92,8 @@ class Handoff(Sharing):
         if self.holder in (None, alice):  # nobody gives the first Alice her first weights
             self.holder = alice
             return
-        giver, self.before, self.holder = self.holder, self.holder, alice
+        giver, self.holder = self.holder, alice
+        self.before = [*(party for party in self.before if party not in (giver, alice)), giver]
         way = [giver, alice] if self.handoff == "peer" else [giver, SERVER, alice]
         for src, dst in pairwise(way):
             live.load(live.carry(live.weights, src, dst, "weights"))
@@ -100,9 +104,11 @@ class Handoff(Sharing):
         if self.optimizer_state != "carry" and live.at(alice):
             live.set_state(self.kept.pop(alice, {}))
 
-    def leave_out(self, parties: Collection[Party]) -> None:
+    def leave_out(self, parties: Collection[Party]) -> Party | None:
+        self.before = [party for party in self.before if party not in parties]
         if self.holder in parties:  # she who handed it to her still has what she handed over
-            self.holder = None if self.before in parties else self.before
+            self.holder = self.before.pop() if self.before else None
+        return self.holder
 
     def state_dict(self) -> dict[str, Any]:
         return {"holder": self.holder, "before": self.before, "kept": self.kept}

@@ -26,7 +26,8 @@ from splitlearn.frame import HEADER_BYTES, FrameError, unpack
 from splitlearn.layout import Party
 
 SERVICE, METHOD = "splitlearn.Star", "Join"
-SLACK = 2**24  # bytes: greetings and other notes
+SLACK = 2**22  # bytes: greetings
+LARGEST_NOTE = 2**16  # bytes of a loss or a farewell
 Greeting = dict[str, Any]
 Lost = Callable[[Party, str], None]
 """(party, why): called once, in any thread, when a party is lost. The other streams are of no use afterwards."""
@@ -68,6 +69,8 @@ class Star:
         if message[:1] != b"{":
             self._deliver(message, peer)
             return
+        if len(message) > LARGEST_NOTE:
+            raise FrameError(f"a note of {len(message)} bytes must be of at most {LARGEST_NOTE}")
         try:
             note = json.loads(message)
             loss = self._loss(note, peer) if "lost" in note else None

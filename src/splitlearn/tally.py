@@ -78,5 +78,7 @@ class Tally:
 def means(tallies: Iterable[Mapping[Party, list[float]]]) -> dict[str, Any]:
     """Return the mean loss and the accuracy of all the rows that processes have added up."""
     together = {alice: sums for tally in tallies for alice, sums in tally.items()}
+    if not together:  # all rows are of Alices who are gone
+        return {}
     loss, correct, num_rows = map(sum, zip(*(together[alice] for alice in sorted(together)), strict=True))
     return {"loss": torch.tensor(loss) / num_rows, "accuracy": torch.tensor(float(correct)) / num_rows}

@@ -20,7 +20,7 @@ FOREVER = timedelta(days=365)  # an Alice may wait long for her turn; that a par
 SMALL = 2**18  # bytes of a payload that travels with its header
 AHEAD = 2  # frames of each party for which memory is posted
 PATIENCE = 5.0  # seconds that the streams have to tell who is lost
-UNFINISHED = 64  # frames that may be under way before their sender waits
+UNFINISHED, UNFINISHED_BYTES = 64, 2**27  # of messages that may be under way before their sender waits
 
 
 class Streams:
@@ -59,6 +59,7 @@ class Gloo:
         self.ranks = {other: rank for rank, other in enumerate(parties)}
         self.group: Any = dist.ProcessGroupGloo(store, self.ranks[party], len(parties), options)
         self.unfinished: deque[tuple[dist.Work, Tensor]] = deque()
+        self.under_way = 0  # bytes of these
         self.message = memoryview(b"")
         self.posted: dict[Party, deque[tuple[dist.Work, Tensor]]] = {}
         for other in parties:
@@ -70,8 +71,11 @@ class Gloo:
         for tag, part in enumerate(parts):
             memory = torch.frombuffer(bytearray(part), dtype=torch.uint8)
             self.unfinished.append((self.group.send([memory], self.ranks[dst], tag), memory))
-        while len(self.unfinished) > UNFINISHED:
-            self.unfinished.popleft()[0].wait()
+            self.under_way += len(part)
+        while len(self.unfinished) > UNFINISHED or self.under_way > UNFINISHED_BYTES:
+            work, memory = self.unfinished.popleft()
+            work.wait()
+            self.under_way -= len(memory)
 
     def receive_head(self, src: Party) -> bytes:
         posted = self.posted[src]

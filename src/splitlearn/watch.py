@@ -76,8 +76,8 @@ class Watch(Callback):
         writers = _writers(trainer)
         if not writers or self.fields is None or trainer.current_epoch % self.every_n_epochs:
             return
-        if not learner.network.complete:  # this party alone cannot run it all
-            return
+        if not learner.network.complete or learner.network.sample.keys() - self.fields.keys():
+            return  # this party alone cannot run it all
         fields = {name: field.to(learner.device) for name, field in self.fields.items()}
         with trainer.precision_plugin.forward_context():
             tape, _ = learner.network.look(fields)

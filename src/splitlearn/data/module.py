@@ -13,8 +13,10 @@ from torch.utils.data import Dataset
 
 from splitlearn.data.holdout import hold_out, owners_of, rows_trained_on, still_held
 from splitlearn.data.loader import Augment, EvalLoader, TurnLoader
+from splitlearn.data.own import Part, require
 from splitlearn.data.rows import Fields, InMemory, Normalise, Rows, Streamed, load, moments
 from splitlearn.data.sources import Source
+from splitlearn.errors import InputError
 from splitlearn.layout import Party, Role
 from splitlearn.partition import all_rows, iid
 from splitlearn.partition import columns as deal_columns
@@ -72,6 +74,8 @@ class SplitData(pl.LightningDataModule):
         _check(batch_size, eval_batch_size, val_fraction, test_fraction, augment, num_columns)
         self.batch_size, self.eval_batch_size, self.seed, self.augment = batch_size, eval_batch_size, seed, augment
         self.num_classes = source.num_classes
+        self.ids: str | None = source.train.ids if isinstance(source.train, Part) else None
+        self.lacks: Mapping[int, str] = source.train.lacks if isinstance(source.train, Part) else {}
         fractions = (test_fraction if source.test is None else 0.0, val_fraction)
         test_ids, self.val_ids, train_ids = hold_out(len(source.train), fractions, seed)  # type: ignore[arg-type]
         if standardise:
@@ -97,15 +101,22 @@ class SplitData(pl.LightningDataModule):
         digest = blake2b(digest_size=4)
         for ids in (self.val_ids, self.test_ids, self.owners, *self.shards.values(), *(self.columns or [])):
             digest.update(ids.numpy().tobytes())
-        return f"seed {self.seed}, batch size {self.batch_size}, {len(self.rows)} rows split as {digest.hexdigest()}"
+        rows = f"{len(self.rows)} rows" if self.ids is None else f"{len(self.rows)} rows of ids {self.ids}"
+        return f"seed {self.seed}, batch size {self.batch_size}, {rows} split as {digest.hexdigest()}"
 
     def keep(self, owners: Mapping[str, Role], plays: Callable[[Role], bool]) -> None:
         """Let go of what belongs to other processes' parties: fields by their `owners`, and other Alices' rows.
 
-        Validation and test rows stay with every Alice, since whoever has the turn evaluates.
+        Validation and test rows stay with every Alice, since whoever has the turn evaluates. Raises InputError where
+        the source lacks a column of what stays, and for a table of one's own where several Alices take turns.
         """
+        if self.ids is not None and len(self.shards) > 1:
+            rule = "has one Alice or a vertical layout, since who has the turn evaluates on rows of all"
+            raise InputError(f"data=own_table {rule}, not {', '.join(self.shards)} in turns: take num_alices=1")
         mine = [ids for taker, ids in self.shards.items() if plays(taker)]
         names = [name for name, role in owners.items() if plays(role) or (role == "alice" and mine)]
+        require({name: owners[name] for name in names}, self.columns, self.lacks)
+        self.lacks = {}
         ids = torch.cat([*mine, self.val_ids]).unique() if mine else None
         if self.test_rows is not self.rows:
             self.test_rows.keep(names)
@@ -116,11 +127,17 @@ class SplitData(pl.LightningDataModule):
         known[slice(None) if ids is None else ids] = "y" in names
         self.labels = torch.where(known, self.labels, -1)
 
+    def setup(self, stage: str) -> None:
+        if self.lacks:  # in the simulator, which keeps all
+            learner: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+            require(learner.layout.owners, self.columns, self.lacks)
+
     def sample(self, size: int = 2) -> Fields:
         """Return a few training rows, by which a network takes its shapes."""
         shard = next(iter(self.shards.values()))
         rows = shard[torch.arange(size) % len(shard)]
-        return next(iter(self.rows.stream([rows], torch.device("cpu"))))
+        fields = next(iter(self.rows.stream([rows], torch.device("cpu"))))
+        return {name: field.nan_to_num() for name, field in fields.items()} if self.lacks else fields
 
     def train_dataloader(self) -> TurnLoader:
         learner: Any = self.trainer.lightning_module  # type: ignore[union-attr]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -46,34 +47,42 @@ def _dataset(x: list[list[float]], labels: list[str], classes: list[str]) -> Ten
 
 def _read(path: Path, label: str) -> tuple[list[str], list[list[float]], list[str]]:
     """Return the names of the columns, their values [N][C], and the labels [N]."""
+    rows = lines_of(path)
+    where, header = next(rows)
+    if len(header) < 2 or len(set(header)) < len(header):
+        raise ValueError(f"{where}: the header ({','.join(header)}) must name two columns or more, all different")
+    if label not in header:
+        raise ValueError(f"`data.label` (={label}) must be a column of {path}: {', '.join(header)}")
+    place, x, labels = header.index(label), [], []
+    for where, fields in rows:
+        labels.append(fields.pop(place))
+        x.append([number(where, text) for text in fields])
+    return [name for name in header if name != label], x, labels
+
+
+def lines_of(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield the header of a CSV, then the fields of each line that is not empty; before each, where it stands.
+
+    FileNotFoundError where the file is not there; ValueError for a line that is shorter or longer than the header, and
+    where there is none.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"`data.root` (={path}) is not a file: name a CSV with a header")
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        lines = csv.reader(file)
-        header = [name.strip() for name in next(lines, [])]
-        _check_header(path, header, label)
-        place, x, labels = header.index(label), [], []
+        lines, fields = csv.reader(file), []
+        header = next(lines, [])
+        yield f"{path}, line 1", [name.strip() for name in header]
         for fields in filter(None, lines):
             where = f"{path}, line {lines.line_num}"
             if len(fields) != len(header):
                 raise ValueError(f"{where}: {len(fields)} fields, but the header has {len(header)}; mend the line")
-            labels.append(fields.pop(place).strip())
-            x.append([_number(where, text) for text in fields])
-    if not x:
+            yield where, [text.strip() for text in fields]
+    if not fields:
         raise ValueError(f"{path} has no line below its header: it must have at least one row")
-    return [name for name in header if name != label], x, labels
 
 
-def _check_header(path: Path, header: list[str], label: str) -> None:
-    if len(header) < 2 or len(set(header)) < len(header):
-        raise ValueError(
-            f"{path}, line 1: the header ({','.join(header)}) must name two columns or more, all different"
-        )
-    if label not in header:
-        raise ValueError(f"`data.label` (={label}) must be a column of {path}: {', '.join(header)}")
-
-
-def _number(where: str, text: str) -> float:
+def number(where: str, text: str) -> float:
+    """Return the number that `text` is; ValueError, saying `where`, for what float32 cannot hold."""
     try:
         value = float(text)
     except ValueError:

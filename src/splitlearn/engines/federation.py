@@ -43,11 +43,13 @@ class Attempt(NamedTuple):
 
 
 class Federation:
-    """Arguments:
-    attempt: whom this process plays, and where.
-    wiring: what carries the frames.
-    timeout, join_timeout, save_every_n_steps: see conf/engine/processes.yaml.
-    post: tells the process that started this one.
+    """What one process needs to play its party.
+
+    Arguments:
+        attempt: whom this process plays, and where.
+        wiring: what carries the frames.
+        timeout, join_timeout, save_every_n_steps: see conf/engine/processes.yaml.
+        post: tells the process that started this one.
     """
 
     def __init__(
@@ -65,16 +67,19 @@ class Federation:
         learner: SplitLearner,
         data: SplitData,
         shared: Mapping[str, Any],
+        output_dir: str,
         ckpt: str | None,
     ) -> dict[str, float]:
         """Join the others, fit and test; return the last value of every metric.
 
-        `shared` is the part of the configuration that all must have alike, `ckpt` the folder of a run to go on from.
+        `shared` is the part of the configuration that all must have alike, `output_dir` this party's folder, `ckpt`
+        that of a run to go on from.
         """
         self.learner, self.data, parties = learner, data, parties_of(learner)
+        folder = Path(output_dir)
         self._check(parties, trainer)
         self.identity = self.wiring.identity(self.attempt.party) if len(parties) > 1 else None
-        own = Path(trainer.default_root_dir) / "snapshots"
+        own = folder / "snapshots"
         folders = [own, Path(ckpt) / self.attempt.party / "snapshots"] if ckpt else [own]
         star, welcome = self._meet(parties, self._greeting(shared, folders, ckpt))
         run, step, gone = welcome["run"], welcome["step"], tuple(welcome["gone"])
@@ -102,6 +107,8 @@ class Federation:
         party = self.attempt.party
         if party not in parties:
             raise InputError(f"`engine.party` (={party}) must be one of the parties: {', '.join(parties)}")
+        if parties[0] in self.attempt.gone:
+            raise InputError(f"{parties[0]} is the hub, without whom there are no streams: start the run again")
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise InputError(
                 "`trainer.precision` (=16-mixed) scales all gradients alike, and each process would scale its own: "
@@ -120,6 +127,7 @@ class Federation:
             "resumes": ckpt is not None,
             "snapshots": steps_in(folders),
             "common": common_in(folders),
+            "nonce": self.wiring.nonce.hex(),
             "certificate": None if self.identity is None else self.identity.certificate.decode(),
         }
 
@@ -143,6 +151,7 @@ class Federation:
             "step": step,
             "gone": self.attempt.gone,
             "certificates": {name: greetings[name]["certificate"] for name in present},
+            "nonces": {name: greetings[name]["nonce"] for name in present},
             **self.wiring.offer(listener),
         }
         listener.welcome(welcome)
@@ -159,7 +168,9 @@ class Federation:
         network = self.learner.network
         sizes = [p.numel() for _, segment in network.program for p in segment.parameters()]
         rows = max(self.data.batch_size, self.data.eval_batch_size)
-        return WIDEST * max([*sizes, *(rows * value[0].numel() for value in network.shapes.values())])
+        most = WIDEST * max([*sizes, *(rows * value[0].numel() for value in network.shapes.values())])
+        self.wiring.check_size(most // 2)  # of single precision
+        return most
 
     def _lost(self, party: Party, why: str) -> None:
         """Nothing can be done here: what counts is on disk. The process that started this one knows how to go on."""

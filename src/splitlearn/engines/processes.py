@@ -9,13 +9,13 @@ import queue
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from splitlearn.engines.federation import ORPHANED, Attempt
 from splitlearn.errors import InputError
@@ -51,9 +51,12 @@ class Processes:
     def __post_init__(self) -> None:
         if self.on_failure not in ON_FAILURE:
             raise InputError(f"`engine.on_failure` (={self.on_failure}) must be one of {', '.join(ON_FAILURE)}")
-        for name in ("timeout", "join_timeout", "save_every_n_steps"):
+        for name in ("timeout", "join_timeout"):
             if not isinstance(getattr(self, name), int | float) or getattr(self, name) <= 0:
                 raise InputError(f"`engine.{name}` (={getattr(self, name)}) must be a number above 0")
+        steps = self.save_every_n_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise InputError(f"`engine.save_every_n_steps` (={steps}) must be a whole number of at least 1")
         host, _, port = str(self.address).rpartition(":")
         if not host or not port.isdecimal() or int(port) > LAST_PORT:
             raise InputError(f"`engine.address` (={self.address}) must be HOST:PORT, e.g. 127.0.0.1:29400")
@@ -84,17 +87,17 @@ class Processes:
                 raise PartyLostError(
                     f"{outcome.lost} was lost {TRIES} times on the way from one snapshot: {outcome.why}"
                 )
-            gone = self._go_on(outcome, gone, output_dir)
+            gone = self._go_on(outcome, gone, next(iter(plays)), output_dir)
             rank_zero_info(f"{outcome.lost} was lost at mini-batch {outcome.step} ({outcome.why}); going on")
 
-    def _go_on(self, outcome: Outcome, gone: tuple[Party, ...], output_dir: str) -> tuple[Party, ...]:
+    def _go_on(self, outcome: Outcome, gone: tuple[Party, ...], hub: Party, output_dir: str) -> tuple[Party, ...]:
         """Return who is left out of the next attempt, or raise."""
         lost = str(outcome.lost)
         if self.on_failure == "wait":
             return gone
-        if self.on_failure == "skip" and is_alice(lost) and self.party != lost:
+        if self.on_failure == "skip" and is_alice(lost) and lost not in (self.party, hub):
             return (*gone, lost)
-        cure = "only Alices can be skipped; " if self.on_failure == "skip" else ""
+        cure = "only Alices who are not the hub can be skipped; " if self.on_failure == "skip" else ""
         raise PartyLostError(
             f"{lost} was lost at mini-batch {outcome.step}: {outcome.why}. {cure}To go on from the newest snapshot of "
             f"all, start all parties again with ckpt={output_dir}"
@@ -139,6 +142,7 @@ class Crew:
 
     def __init__(self, plays: dict[Party, Play]) -> None:
         self.plays = plays
+        self.errors: list[str] = []  # as they come: others follow from the first
         self.run_id: str | None = None
         self.begun = -1  # the mini-batch that all went on from, once they have met
         self.notes: dict[Party, dict[str, Any]] = {party: {} for party in plays}
@@ -172,7 +176,7 @@ class Crew:
         lost: Outcome | None = None
         while running:
             talking = {connection: party for party, connection in self.connections.items()}
-            ready = wait([*running, *talking], timeout=None if lost is None else PATIENCE)
+            ready = wait([*running, *talking], timeout=PATIENCE if lost or self.errors else None)
             if not ready:
                 break
             for one in ready:
@@ -185,10 +189,11 @@ class Crew:
                     lost = lost or self._outcome(party)
             if lost is not None and lost.lost in self.processes:
                 self.processes[lost.lost].kill()  # it may only be frozen
-        for party in self.plays:
-            if "error" in self.notes[party]:
-                raise InputError(self.notes[party]["error"])
-        return lost or Outcome(self.notes[next(iter(self.plays))]["done"])
+        if self.errors:
+            raise InputError(self.errors[0])
+        if lost is not None:
+            return replace(lost, step=max(note.get("step", 0) for note in self.notes.values()))
+        return Outcome(self.notes[next(iter(self.plays))]["done"])
 
     def _hear(self, party: Party) -> None:
         """Take in what a party has told."""
@@ -197,6 +202,8 @@ class Crew:
             while connection is not None and connection.poll():
                 note = json.loads(connection.recv_bytes())
                 self.notes[party].update(note)
+                if "error" in note:
+                    self.errors.append(note["error"])
                 if "run" in note:
                     self.run_id, self.begun = note["run"], note["step"]
                 if "port" in note:
@@ -219,4 +226,5 @@ class Crew:
 def _begin(play: Play, attempt: Attempt, connection: Connection, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     torch.set_num_threads(threads)
+    rank_zero_only.rank = 0  # type: ignore[attr-defined] # each party logs for itself
     play(attempt, Post(connection))

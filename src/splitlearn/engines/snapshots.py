@@ -33,6 +33,9 @@ class Snapshots(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.last = trainer.global_step
+        for old in steps_in([self.folder]).get(self.run, []):
+            if old > self.last:  # of an attempt that not all have finished
+                (self.folder / name_of(self.run, old)).unlink()
 
     def on_train_batch_end(self, trainer: pl.Trainer, learner: SplitLearner, *_: Any) -> None:  # type: ignore[override]
         step = trainer.global_step

@@ -30,8 +30,10 @@ class Together(Callback):
         self.parties: dict[Party, dict[str, Any]] = {}
         self.seconds: dict[str, float] = {}
 
-    def on_train_start(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
+    def on_fit_start(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
         learner.rounds.leave_out(self.gone)
+
+    def on_train_start(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
         wire = learner.network.wire
         assert isinstance(wire, RemoteWire)
         self.began, wire.seconds = time.perf_counter(), dict.fromkeys(wire.seconds, 0.0)
@@ -62,6 +64,7 @@ class Together(Callback):
     def _tell(self, learner: SplitLearner, more: dict[str, Any]) -> list[dict[str, Any]]:
         wire = learner.network.wire
         assert isinstance(wire, RemoteWire)
+        learner.rounds.settle()  # nothing else may be under way when notes are told
         tables = [learner.ledger.table(), learner.evaluation_ledger.table()]
         own = {"party": wire.party, "seconds": self.seconds, "overhead_bytes": dict(wire.overhead)}
         told = wire.gather({"own": own, "tables": tables, **more})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import secrets
 import socket
 from collections.abc import Mapping
 from datetime import timedelta
@@ -20,9 +21,13 @@ from splitlearn.sealing import Seal
 from splitlearn.star import Member, Star
 from splitlearn.transports import Gloo, Streams
 
+LARGEST_MESSAGE = 2**31 - 2**20
+
 
 class Wiring:
     """Streams in the clear."""
+
+    nonce = b""
 
     def identity(self, party: Party) -> Identity | None:
         """Certificate and key of `party` for mutual TLS; None in the clear."""
@@ -30,6 +35,14 @@ class Wiring:
 
     def check(self, address: str) -> None:
         """Raises InputError for an address that this wiring must not be used at."""
+
+    def check_size(self, num_bytes: int) -> None:
+        """Raises InputError where a message may be too large."""
+        if num_bytes > LARGEST_MESSAGE:
+            raise InputError(
+                f"a message may have {num_bytes:,} bytes, and gRPC takes {LARGEST_MESSAGE:,}: lower `data.batch_size` "
+                "and `data.eval_batch_size`, cut elsewhere, or take wire=gloo"
+            )
 
     def offer(self, star: Star) -> dict[str, Any]:
         """What the hub tells all in its welcome."""
@@ -44,7 +57,18 @@ class Wiring:
 
 
 class GlooWiring(Wiring):
-    """torch.distributed's gloo, in the clear: for a network that one trusts. The streams carry greetings alone."""
+    """torch.distributed's gloo, in the clear: for a network that one trusts. No frame goes over the streams."""
+
+    def check(self, address: str) -> None:
+        host = address.rpartition(":")[0]
+        if ":" in host or host == "0.0.0.0":
+            raise InputError(
+                f"`engine.address` (={address}) must name this host by an IPv4 address or name that the others reach, "
+                "with wire=gloo: take that, or wire=grpc"
+            )
+
+    def check_size(self, num_bytes: int) -> None:
+        """gloo takes any."""
 
     def offer(self, star: Star) -> dict[str, Any]:
         assert isinstance(star, Hub)
@@ -84,6 +108,7 @@ class GrpcWiring(Wiring):
             raise InputError(f"`wire.tls` (={tls}) must be true or false")
         self.certificates, self.tls = certificates, tls in (True, "on")
         self.mine: Identity | None = None
+        self.nonce = secrets.token_bytes(16)
 
     @property
     def needs_certificates(self) -> bool:
@@ -111,12 +136,17 @@ class GrpcWiring(Wiring):
         hub, *members = star.parties
         if self.mine is None or star.party == hub:
             return {}
-        run = bytes.fromhex(welcome["run"])
+        # With a number of each end, so that the hub cannot play again what was sealed in an earlier attempt.
+        nonces = {**welcome["nonces"], star.party: self.nonce.hex()}
         return {
-            other: Seal(self.mine, welcome["certificates"][other].encode(), other, run)
+            other: Seal(self.mine, welcome["certificates"][other].encode(), other, _salt(welcome, nonces, star, other))
             for other in members
             if other != star.party
         }
+
+
+def _salt(welcome: Mapping[str, Any], nonces: Mapping[Party, str], star: Star, other: Party) -> bytes:
+    return bytes.fromhex(welcome["run"] + "".join(nonces[party] for party in sorted((star.party, other))))
 
 
 def _is_loopback(host: str) -> bool:

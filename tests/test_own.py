@@ -1,0 +1,207 @@
+"""Each party reads a CSV of its own: it trains as if one file had all columns, and what does not fit is refused."""
+
+import re
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from federated import results_of, weights_of
+from helpers import differences
+
+from splitlearn.build import build
+from splitlearn.data import SplitData
+from splitlearn.data.own import own_table
+from splitlearn.engines.federation import check_greeting
+from splitlearn.errors import InputError
+from splitlearn.federate import shared_by_all
+from splitlearn.layout import multi_hop, two_party, vertical, whole
+from splitlearn.partition import all_rows
+from splitlearn.remote import RemoteWire
+from splitlearn.train import train
+
+FEATURES, CLASSES = ["age", "weight", "pressure"], ["well", "ill"]
+OWN = ["data=own_table", "data.label=diagnosis", "data.source.features=[age,weight,pressure]", "data.standardise=true"]
+SMALL = ["model.hidden_sizes=[8]", "trainer.max_epochs=2", "data.batch_size=8", "logger=none", "metric=null"]
+ASKED = [*OWN, "data.source.classes=[well,ill]", *SMALL]
+BLOCKS = ("a", "b", "c")
+
+
+def write(folder, name, *columns, first=0):
+    """A file of 60 patients, in an order of its own, with these columns alone."""
+    x = torch.randn(60 + first, 3, generator=torch.Generator().manual_seed(0)) * 20 + 80
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(sum(map(ord, name))))
+    lines = [",".join(columns)]
+    for i in (order + first).tolist():
+        texts = {"id": f"p{i}", "diagnosis": CLASSES[int(x[i].sum() > 240)]}
+        texts |= {name: str(value) for name, value in zip(FEATURES, x[i].tolist(), strict=True)}
+        lines.append(",".join(texts[column] for column in columns))
+    (folder / name).write_text("\n".join(lines))
+    return str(folder / name)
+
+
+def federated(configure, folder, roots, *asked):
+    """Train with a process for each party, which has the file that `roots` names, in a folder of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    fixed = ["engine=processes", "engine.join_timeout=60", f"engine.address={address}"]
+    own = [[f"engine.party={p}", f"data.root={root}", f"output_dir={folder}/{p}"] for p, root in roots.items()]
+    runs = [configure(*ASKED, *asked, *fixed, *keys) for keys in own]
+    with ThreadPoolExecutor(len(runs)) as threads:
+        list(threads.map(train, runs))
+
+
+@pytest.mark.parametrize(
+    ("columns", "asked"),
+    [
+        ({"alice0": ["weight", "id", "pressure", "age"]}, []),
+        (
+            {"alice0": ["id", "weight", "age"], "alice1": ["pressure", "id"]},
+            ["layout=vertical", "num_alices=2", "partition=columns", "data.columns=[[age,weight],[pressure]]"],
+        ),
+    ],
+    ids=["one Alice", "two Alices"],
+)
+def test_parties_with_files_of_their_own_equal_the_simulator_with_one(columns, asked, configure, tmp_path):
+    joined = write(tmp_path, "joined.csv", "id", *FEATURES, "diagnosis")
+    train(configure(*ASKED, *asked, f"data.root={joined}", f"output_dir={tmp_path}/simulated"))
+    columns = {"bob": ["diagnosis", "id"], **columns}
+    roots = {party: write(tmp_path, f"own_{party}.csv", *own) for party, own in columns.items()}
+    federated(configure, tmp_path / "processes", roots, *asked)
+    simulated = results_of(tmp_path / "simulated")
+    assert [results_of(tmp_path / "processes" / party) for party in roots] == [simulated] * len(roots)
+    left = weights_of(tmp_path / "processes", [f"{party}/{party}" for party in roots])
+    assert differences(left, weights_of(tmp_path / "simulated")) == []
+
+
+def greeting(configure, party, root, *asked):
+    cfg = configure(*ASKED, *asked, "engine=processes", f"engine.party={party}", f"data.root={root}")
+    run = build(cfg, RemoteWire(party))
+    same = {"version": "1", "torch": "2", "resumes": False, "config": shared_by_all(cfg)}
+    return {"party": party, **same, **run.learner.kind(run.data)}
+
+
+def test_files_of_other_rows_or_classes_are_refused(configure, tmp_path):
+    alice, bob = write(tmp_path, "alice.csv", "id", *FEATURES), write(tmp_path, "bob.csv", "id", "diagnosis")
+    hub = greeting(configure, "bob", bob)
+    check_greeting(hub, greeting(configure, "alice0", alice), "bob")
+    other = write(tmp_path, "other.csv", "id", *FEATURES, first=1)
+    with pytest.raises(InputError, match=r"`data` is .* 60 rows of ids .* at bob and .* 60 rows of ids .* at alice0"):
+        check_greeting(hub, greeting(configure, "alice0", other), "bob")
+    with pytest.raises(InputError, match=r"`data.source.classes` is .* at bob and .* at alice0"):
+        check_greeting(hub, greeting(configure, "alice0", alice, "data.source.classes=[ill,well]"), "bob")
+
+
+def source(folder, text, features=FEATURES, label="diagnosis", classes=CLASSES, **more):
+    path = folder / "own.csv"
+    path.write_text(text)
+    return own_table(path, features, label, classes, **more)
+
+
+def test_rows_stand_in_the_order_of_their_ids(tmp_path):
+    ours = source(tmp_path, "weight,id,diagnosis\n80,p2,ill\n70, p1 ,well\n", classes=["well", "ill"])
+    x, y = ours.train.tensors
+    assert x.isnan().tolist() == [[True, False, True]] * 2
+    assert (x[:, 1].tolist(), y.tolist()) == ([70, 80], [0, 1])
+    theirs = source(tmp_path, "key,age\np1,1\np2,2\n", id="key")
+    assert theirs.train.tensors[1].tolist() == [0, 0]
+    assert ours.train.ids == theirs.train.ids != source(tmp_path, "id,age\np1,1\np3,2\n").train.ids
+    assert ours.columns == FEATURES
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "FILE, line 1: the header () must have a column id, by which rows are matched"),
+        ("age,weight\n1,2\n", "FILE, line 1: the header (age,weight) must have a column id, by which rows are matched"),
+        (
+            "id,age,age\np1,2,3\n",
+            "FILE, line 1: the header (id,age,age) must have a column id, .* each column once",
+        ),
+        ("id,height\np1,2\n", "FILE, line 1: column height is none of id, age, weight, pressure, diagnosis; remove it"),
+        ("id,age\n", "FILE has no line below its header"),
+        ("id,age\np1,2,3\n", "FILE, line 2: 3 fields, but the header has 2"),
+        ("id,age\np1,2\n\np2,3\np1,4\n", "FILE, line 5: id `p1` is that of FILE, line 2 too; remove one"),
+        ("id,age\np1,old\n", "FILE, line 2: `old` is not a number"),
+        ("id,age\np1,nan\n", "FILE, line 2: `nan` is not a number"),
+        (
+            "id,diagnosis\np1,ill\np2,dead\n",
+            "FILE, line 3: label `dead` must be one of `data.source.classes`, well, ill;",
+        ),
+    ],
+)
+def test_what_is_no_part_of_the_table_is_refused(tmp_path, text, message):
+    pattern = re.escape(message).replace("FILE", re.escape(str(tmp_path / "own.csv"))).replace(r"\.\*", ".*")
+    with pytest.raises(ValueError, match=f"^{pattern}"):
+        source(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": "age"}, "`data.source.features` (=age) must be a list of 1 or more, all different"),
+        ({"features": []}, "`data.source.features` (=[]) must be a list of 1"),
+        ({"classes": ["ill", "ill"]}, "`data.source.classes` (=['ill', 'ill']) must be a list of 2"),
+        ({"label": "age"}, "`data.source.id` (=id), `data.label` (=age) and the features must be different"),
+        ({"id": "diagnosis"}, "`data.source.id` (=diagnosis), `data.label` (=diagnosis) and the features"),
+    ],
+)
+def test_what_all_have_together_must_fit(tmp_path, change, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        source(tmp_path, "id\np1\n", **change)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"`data.root` (={tmp_path}/no.csv) is not a file")):
+        own_table(tmp_path / "no.csv", FEATURES, "diagnosis", CLASSES)
+
+
+def data_of(path, layout, **more):
+    rows = own_table(path, FEATURES, "diagnosis", CLASSES)
+    return SplitData(rows, layout.takers(1), len(layout.fields), standardise=True, **more)
+
+
+VERTICAL = vertical(BLOCKS, 1, num_alices=2)
+COLUMNS = {"columns": [["age", "weight"], ["pressure"]], "partition": all_rows}
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize(
+    ("layout", "party", "columns", "lacks"),
+    [
+        (two_party(BLOCKS, 1), "bob", ["diagnosis"], None),
+        (two_party(BLOCKS, 1), "bob", FEATURES, "diagnosis, which bob owns: add it, or name bob's file in `data.root`"),
+        (two_party(BLOCKS, 1), "alice0", FEATURES, None),
+        (two_party(BLOCKS, 1), "alice0", ["age", "pressure", "diagnosis"], "weight, which alice owns"),
+        (whole(BLOCKS), "alice0", FEATURES, "diagnosis, which alice owns"),
+        (multi_hop(BLOCKS, [1, 2]), "bob", [], None),
+        (VERTICAL, "alice0", ["weight", "age"], None),
+        (VERTICAL, "alice1", ["weight", "age"], "pressure, which alice1 owns"),
+        (VERTICAL, "bob", FEATURES, "diagnosis, which bob owns"),
+    ],
+)
+def test_a_party_whose_file_lacks_what_it_owns_cannot_start(tmp_path, layout, party, columns, lacks, in_memory):
+    path = write(tmp_path, "own.csv", "id", *columns)
+    data = data_of(path, layout, in_memory=in_memory, **(COLUMNS if layout is VERTICAL else {}))
+    if lacks is not None:
+        with pytest.raises(InputError, match=re.escape(f"{path} has no column {lacks}")):
+            data.keep(layout.owners, RemoteWire(party).plays)
+    else:
+        data.keep(layout.owners, RemoteWire(party).plays)
+        assert not any(field.isnan().any() for field in data.sample(60).values())
+        assert ("y" in data.sample()) == ("diagnosis" in columns)
+
+
+@pytest.mark.parametrize("column", ["weight", "diagnosis"])
+def test_the_file_of_the_simulator_has_all_columns(column, configure, tmp_path):
+    path = write(tmp_path, "own.csv", "id", *({*FEATURES, "diagnosis"} - {column}))
+    with pytest.raises(InputError, match=re.escape(f"{path} has no column {column}, which ")):
+        train(configure(*ASKED, f"data.root={path}"))
+
+
+def test_alices_who_take_turns_have_no_files_of_their_own(configure, tmp_path):
+    path = write(tmp_path, "joined.csv", "id", *FEATURES, "diagnosis")
+    data = SplitData(own_table(path, FEATURES, "diagnosis", CLASSES), ("alice0", "alice1"))
+    with pytest.raises(InputError, match=r"data=own_table has one Alice or a vertical layout, .*not alice0, alice1"):
+        data.keep(two_party(BLOCKS, 1).owners, RemoteWire("bob").plays)
+    train(configure(*ASKED, f"data.root={path}", "num_alices=2", "trainer.limit_train_batches=2"))
