@@ -14,7 +14,7 @@ from splitlearn.errors import InputError
 
 def test_stop_says_who_when_and_how_to_go_on(configure, tmp_path):
     asked = ["num_alices=3", "engine=processes", *killer("alice1", 20, tmp_path)]
-    with pytest.raises(PartyLostError, match=r"alice1 was lost at mini-batch \d+: its process ended .* ckpt="):
+    with pytest.raises(PartyLostError, match=r"alice1 was lost at about mini-batch [1-9]\d*: .* ckpt="):
         run_tiny(configure, tmp_path / "run", *asked)
     assert "alice1 was lost" in json.loads((tmp_path / "run" / "results.json").read_text())["stopped"]
     whole = run_tiny(configure, tmp_path / "whole", "num_alices=3")

@@ -39,6 +39,7 @@ class Hub(Star):
         self.host = address.rpartition(":")[0]
         self.joined: dict[Party, Greeting] = {}
         self.refusals: list[str] = []
+        self.say: Callable[[str], None] = lambda text: None  # to whoever watches who comes
         self.changed = threading.Condition()
         self.check: Callable[[Greeting], None] | None = None
         self.server = grpc.server(ThreadPoolExecutor(MOST_STREAMS), options=options(limit, timeout))
@@ -51,6 +52,7 @@ class Hub(Star):
         self, parties: Sequence[Party], check: Callable[[Greeting], None], timeout: float
     ) -> dict[Party, Greeting]:
         """Wait until all have greeted in a way that `check` does not raise InputError for; return what they said."""
+        self.say(f"listens at {self.host}:{self.port}, waits for {', '.join(p for p in parties if p != self.party)}")
         with self.changed:
             self.parties, self.check = parties, check
             self.changed.notify_all()
@@ -101,6 +103,7 @@ class Hub(Star):
             party = self._admit(json.loads(greeting), context)
         except (InputError, ValueError, KeyError, TypeError, StopIteration) as error:
             self.refusals.append(str(error))
+            self.say(f"refused: {error}")
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         out = self.outbox[party]
         if not context.add_callback(lambda: self._ended(party)):  # it ended while it waited to be admitted
@@ -126,6 +129,7 @@ class Hub(Star):
             self.check(greeting)
             self.outbox[party] = SimpleQueue()
             self.joined[party] = greeting
+            self.say(f"{party} has come")
             self.changed.notify_all()
         return party
 

@@ -51,14 +51,16 @@ def print_table(
 def quieten() -> None:
     """Silence what Lightning and torch say about choices that are made here on purpose."""
     chatter = ("Tip:", "GPU available: False", "TPU available: False", "`weights_only` was not set")
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
-        lambda record: not any(words in str(record.msg) for words in chatter)
-    )
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"pytorch_lightning.{name}").addFilter(
+            lambda record: not any(words in str(record.msg) for words in chatter)
+        )
     for message in (
         "Using ModelCheckpoint with manual optimization",
         "The number of training batches",
         "Total length of `list` across ranks is zero",
         "Checkpoint directory .* exists and is not empty",
+        "The dirpath has changed from",
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     ):
         warnings.filterwarnings("ignore", message)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -68,25 +69,31 @@ class Gloo:
 
     def send(self, dst: Party, head: bytes, payload: memoryview | bytes) -> None:
         parts = (b"".join((head, payload)),) if len(payload) <= SMALL else (head, payload)
-        for tag, part in enumerate(parts):
-            memory = torch.frombuffer(bytearray(part), dtype=torch.uint8)
-            self.unfinished.append((self.group.send([memory], self.ranks[dst], tag), memory))
-            self.under_way += len(part)
-        while len(self.unfinished) > UNFINISHED or self.under_way > UNFINISHED_BYTES:
-            work, memory = self.unfinished.popleft()
-            work.wait()
-            self.under_way -= len(memory)
+        with _patience():
+            for tag, part in enumerate(parts):
+                memory = torch.frombuffer(bytearray(part), dtype=torch.uint8)
+                self.unfinished.append((self.group.send([memory], self.ranks[dst], tag), memory))
+                self.under_way += len(part)
+            while len(self.unfinished) > UNFINISHED or self.under_way > UNFINISHED_BYTES:
+                work, memory = self.unfinished.popleft()
+                work.wait()
+                self.under_way -= len(memory)
 
     def receive_head(self, src: Party) -> bytes:
-        posted = self.posted[src]
-        self.message = _arrived(*posted.popleft())
-        posted.append(self._post(src, HEADER_BYTES + SMALL))
+        with _patience():
+            work, memory = self.posted[src].popleft()
+            work.wait()
+            self.posted[src].append(self._post(src, HEADER_BYTES + SMALL))
+        self.message = memory.numpy().data
         return bytes(self.message[:HEADER_BYTES])
 
     def receive_payload(self, src: Party, num_bytes: int) -> memoryview:
         if num_bytes <= SMALL:
             return self.message[HEADER_BYTES : HEADER_BYTES + num_bytes]
-        return _arrived(*self._post(src, num_bytes, tag=1))
+        with _patience():
+            work, memory = self._post(src, num_bytes, tag=1)
+            work.wait()
+        return memory.numpy().data
 
     def _post(self, src: Party, num_bytes: int, tag: int = 0) -> tuple[dist.Work, Tensor]:
         """Lay memory out for a message; posted ahead, it saves gloo a round trip."""
@@ -94,10 +101,11 @@ class Gloo:
         return self.group.recv([memory], self.ranks[src], tag), memory
 
 
-def _arrived(work: dist.Work, memory: Tensor) -> memoryview:
+@contextmanager
+def _patience() -> Iterator[None]:
+    """A broken connection is an error here at once; the streams know who is lost, and end this process."""
     try:
-        work.wait()
+        yield
     except RuntimeError:
-        time.sleep(PATIENCE)  # the streams know who is lost, and end this process
+        time.sleep(PATIENCE)
         raise
-    return memory.numpy().data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -34,12 +35,16 @@ COMPARED = ("version", "torch", "layout", "model", "num_alices", "schedule", "da
 
 
 class Attempt(NamedTuple):
-    """What a process is to do: play `party`, at `address`; `run` and `gone` are those of an earlier attempt, if any."""
+    """What a process is to do: play `party`, at `address`; `run` and `gone` are those of an earlier attempt, if any.
+
+    `alone`: whether it was started for this party alone.
+    """
 
     party: Party
     address: str
     run: str | None = None
     gone: tuple[Party, ...] = ()
+    alone: bool = False
 
 
 class Federation:
@@ -84,6 +89,7 @@ class Federation:
         star, welcome = self._meet(parties, self._greeting(shared, folders, ckpt))
         run, step, gone = welcome["run"], welcome["step"], tuple(welcome["gone"])
         self.post({"run": run, "step": step})
+        self._say(f"all have come; goes on from mini-batch {step}" if step else "all have come")
         transport = self.wiring.transport(star, welcome)
         self.wire.device = trainer.strategy.root_device
         self.wire.connect(transport, star.parties, bytes.fromhex(run), self.wiring.seals(star, welcome))
@@ -102,6 +108,11 @@ class Federation:
         if self.star is not None:
             self.star.give_up(why)
             time.sleep(GOODBYE)
+
+    def _say(self, text: str) -> None:
+        """To whoever watches a terminal with one party; with all in one it would be noise."""
+        if self.attempt.alone:
+            print(f"splitlearn: {self.attempt.party}: {text}", file=sys.stderr, flush=True)
 
     def _check(self, parties: Sequence[Party], trainer: pl.Trainer) -> None:
         party = self.attempt.party
@@ -137,10 +148,12 @@ class Federation:
         self.wiring.check(self.attempt.address)
         limit, identity = self._largest(), self.identity
         if party != hub:
+            self._say(f"joins {hub} at {self.attempt.address}")
             member = self.star = Member(party, hub, self._address(), identity, limit, self.timeout, self._lost)
             return member, member.join(greeting, self.join_timeout)
         listener = self.star = Hub(party, self.attempt.address, identity, limit, self.timeout, self._lost)
         self.post({"port": listener.port})
+        listener.say = self._say
         greetings = listener.gather(present, lambda other: check_greeting(greeting, other, party), self.join_timeout)
         greetings[party] = greeting
         run, step = agree(greetings, self.attempt.run)

@@ -88,7 +88,10 @@ class Processes:
                     f"{outcome.lost} was lost {TRIES} times on the way from one snapshot: {outcome.why}"
                 )
             gone = self._go_on(outcome, gone, next(iter(plays)), output_dir)
-            rank_zero_info(f"{outcome.lost} was lost at mini-batch {outcome.step} ({outcome.why}); going on")
+            where = f"{outcome.lost} was lost at about mini-batch {outcome.step} ({outcome.why})"
+            waits = f"waiting up to {self.join_timeout:.0f} s for the same command to start it again"
+            restarts = "starting it again" if outcome.lost in plays else waits
+            rank_zero_info(f"{where}; {'going on without it' if outcome.lost in gone else restarts}")
 
     def _go_on(self, outcome: Outcome, gone: tuple[Party, ...], hub: Party, output_dir: str) -> tuple[Party, ...]:
         """Return who is left out of the next attempt, or raise."""
@@ -99,8 +102,8 @@ class Processes:
             return (*gone, lost)
         cure = "only Alices who are not the hub can be skipped; " if self.on_failure == "skip" else ""
         raise PartyLostError(
-            f"{lost} was lost at mini-batch {outcome.step}: {outcome.why}. {cure}To go on from the newest snapshot of "
-            f"all, start all parties again with ckpt={output_dir}"
+            f"{lost} was lost at about mini-batch {outcome.step}: {outcome.why}. {cure}To go on from the newest "
+            f"snapshot of all, start all parties again, each with the folder that its run had: here ckpt={output_dir}"
         )
 
 
@@ -155,7 +158,7 @@ class Crew:
         self.connections: dict[Party, Connection] = {}
         try:
             for party, play in self.plays.items():
-                self._start(play, Attempt(party, address, run, tuple(gone)))
+                self._start(play, Attempt(party, address, run, tuple(gone), alone=len(self.plays) == 1))
             return self._watch()
         finally:
             for process in self.processes.values():
