@@ -13,6 +13,7 @@ from collections import OrderedDict
 from functools import partial
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from helpers import (
     ADAM,
@@ -653,3 +654,26 @@ def test_micro_batches_have_the_gradients_of_the_whole(layout, parts):
         torch.testing.assert_close(in_parts.weights[name], value, rtol=1e-4, atol=1e-6)
     assert in_parts.learner.mean_loss == pytest.approx(at_once.learner.mean_loss, rel=1e-5)
     assert in_parts.learner.ledger.table() == at_once.learner.ledger.table()
+
+
+class LeaveOut(pl.Callback):
+    """As after the loss of an Alice."""
+
+    def on_fit_start(self, trainer, learner):
+        learner.rounds.leave_out(["alice0"])
+
+
+@pytest.mark.parametrize("sharing", [MeanGradient, Personal])
+def test_steps_that_only_the_gone_would_have_taken_change_nothing(sharing):
+    """alice0 has seven mini-batches, alice1 three: from then on nobody is there."""
+    schedule = {"turn": "step", "alice": sharing(), "bob": MeanGradient()}
+    arranged = {"num_alices": 2, "batch_size": 2, "schedule": schedule, "data": {"partition": dealt(13, 6)}}
+    layout = two_party(BLOCKS, 2)
+
+    def weights(**trainer):
+        run = train(layout, model=smooth(), epochs=1, trainer={"callbacks": [LeaveOut()], **trainer}, **arranged)
+        return run.weights
+
+    three, all_seven = weights(max_steps=3), weights()
+    assert len(differences(three, smooth().state_dict())) == 8  # all were trained
+    assert differences(three, all_seven) == []

@@ -9,6 +9,7 @@ from contextlib import suppress
 from itertools import permutations
 from pathlib import Path
 from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -621,3 +622,24 @@ def test_who_has_no_certificate_is_told_what_makes_one(folder):
     with pytest.raises(InputError, match="the certificate is of alice0, and must be of bob"):
         GrpcWiring(str(folder / "alice0")).identity("bob")
     assert GrpcWiring(str(folder / "bob")).identity("bob") == load(folder, "bob")["bob"]
+
+
+def test_what_was_sealed_in_an_earlier_attempt_does_not_open_again(folder):
+    """Though the hub names the same run, sequence and all: each end brings a number of its own."""
+
+    def seals(nonces=None) -> dict[str, Seal]:
+        wirings = {party: GrpcWiring(str(folder / party)) for party in PARTIES}
+        shown = {party: wiring.identity(party).certificate.decode() for party, wiring in wirings.items()}
+        told = nonces or {party: wiring.nonce.hex() for party, wiring in wirings.items()}
+        seen.append(told)
+        welcome = {"run": RUN.hex(), "certificates": shown, "nonces": told}
+        stars = {party: SimpleNamespace(parties=list(PARTIES), party=party) for party in PARTIES}
+        return {party: wiring.seals(stars[party], welcome) for party, wiring in wirings.items()}
+
+    seen: list[dict[str, str]] = []
+    first, second, played_again = seals(), seals(), seals(nonces=seen[0])
+    sealed = first["alice0"]["alice1"].seal(b"weights", b"head")
+    assert first["alice1"]["alice0"].open(sealed, b"head") == b"weights"
+    for later in (second, played_again):
+        with pytest.raises(SealError):
+            later["alice1"]["alice0"].open(sealed, b"head")
