@@ -110,3 +110,14 @@ def test_a_program_that_fails_says_how_and_ends_the_run(party, wire, configure, 
     breaks = f"+callbacks.breaker={{_target_: federated.Breaker, party: {party}}}"
     with pytest.raises(InputError, match=f"{party}: its program failed by RuntimeError: broken"):
         run_tiny(configure, tmp_path / "run", "num_alices=2", "engine=processes", f"wire={wire}", breaks)
+
+
+def test_who_evaluates_when_the_last_is_skipped_is_who_had_it_before(configure, tmp_path):
+    """alice2 dies in the last turn of all: alice1, who handed the bottom to her, has it, and Bob knows."""
+    asked = ["num_alices=3", "engine=processes", "engine.on_failure=skip", "engine.join_timeout=30"]
+    dying = [*killer("alice2", 7, tmp_path), "engine.save_every_n_steps=11", "trainer.max_epochs=1"]
+    left = run_tiny(configure, tmp_path / "run", *asked, *dying)
+    assert left["left_out"] == ["alice2"]
+    assert "alice1->bob" in left["evaluation_bytes"]
+    assert "alice0->bob" in left["evaluation_bytes"]  # as judged behind her own turn
+    assert left["evaluation_bytes"]["alice1->bob"]["activation"] > left["evaluation_bytes"]["alice0->bob"]["activation"]

@@ -4,6 +4,7 @@ import copy
 import warnings
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from helpers import SGD
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
@@ -12,6 +13,7 @@ from runs import fit, make_data, make_learner, make_trainer, results
 from splitlearn.accuracy import AccuracyByOwner
 from splitlearn.callbacks import Results
 from splitlearn.judging import Judge, performance_gap
+from splitlearn.live import copied
 from splitlearn.means import Average, MeanGradient
 from splitlearn.sharing import Personal
 
@@ -178,3 +180,25 @@ def test_only_those_who_took_part_are_judged(tmp_path):
     for number, epoch in enumerate(results(tmp_path)["epochs"]):
         after = {name.rpartition("/")[2] for name in epoch if name.startswith("val/accuracy_after")}
         assert after == set(learner.schedule.participants(number))
+
+
+class Looks(pl.Callback):
+    """Compares the weights as an Alice leaves them with those that she is judged by."""
+
+    content_with_stretches = True
+
+    def __init__(self) -> None:
+        self.same = []
+
+    def on_alice_finished(self, trainer, learner, alice):
+        live = learner.rounds.lives["bob"]
+        before = copied(live.weights)
+        with learner.rounds.as_of(alice):
+            self.same.append(all(torch.equal(value, before[name]) for name, value in live.weights.items()))
+
+
+def test_who_has_a_bottom_of_her_own_is_judged_with_the_top_as_she_left_it(tmp_path):
+    """SplitFed V3: Bob's copy is hers until the round is over."""
+    looks, schedule = Looks(), {"alice": Personal(), "bob": Average()}
+    train(tmp_path, schedule, callbacks=[looks])
+    assert looks.same == [True] * 6

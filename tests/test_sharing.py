@@ -1,15 +1,17 @@
 """What each sharing does to weights and optimizer, on a bottom of one linear layer and batch norm."""
 
-import copy
 import re
 
 import pytest
 import torch
-from helpers import Recorder
+from helpers import BLOCKS, Recorder, make_network
 from torch import nn
 
+from splitlearn.layout import two_party
 from splitlearn.live import Live
 from splitlearn.means import Average, MeanGradient
+from splitlearn.rounds import Rounds
+from splitlearn.schedule import Schedule
 from splitlearn.sharing import Handoff, Personal, Shared
 from splitlearn.wire import SERVER, Wire
 
@@ -76,7 +78,7 @@ def test_shared_moves_nothing():
     take_turns(sharing, live, "alice0", "alice1")
     sharing.end_round(live)
     sharing.show(live, "alice0")
-    sharing.hide(live, "alice0")
+    sharing.hide(live)
     assert same(live.weights, before)
     assert same(live.state, state)
     assert live.wire.ledger.table() == {}
@@ -251,7 +253,7 @@ def test_in_the_middle_of_a_round_evaluation_sees_what_it_started_from():
     fill(live, 7)
     sharing.show(live, "alice0")
     assert same(live.weights, start)
-    sharing.hide(live, "alice0")
+    sharing.hide(live)
     assert values(live.weights) == 7
 
 
@@ -261,7 +263,7 @@ def test_before_the_first_round_there_is_nothing_to_show():
         before = copied(live.weights)
         sharing.show(live, "alice0")
         assert same(live.weights, before)
-        sharing.hide(live, "alice0")
+        sharing.hide(live)
         assert same(live.weights, before)
 
 
@@ -324,7 +326,7 @@ def test_looking_at_everybodys_weights_gives_the_turn_back():
         sharing.take(live, alice)
         assert values(live.weights) == value
     sharing.take(live, "alice0")
-    sharing.hide(live, "alice0")
+    sharing.hide(live)
     assert values(live.weights) == 2
     assert sharing.holder == "alice1"
 
@@ -397,21 +399,40 @@ def test_all_step_by_what_the_server_answers():
     assert all(torch.equal(value.grad, torch.ones_like(value)) for value in live.trained.values())
 
 
-def test_who_is_left_out_leaves_what_she_was_handed_to_who_gave_it():
-    live, sharing = make_live(), Handoff()
-    take_turns(sharing, live, "alice0", "alice1", "alice2")
-    assert copy.deepcopy(sharing).leave_out(["alice0"]) == "alice2"
-    assert copy.deepcopy(sharing).leave_out(["alice2"]) == "alice1"
-    assert copy.deepcopy(sharing).leave_out(["alice1", "alice2"]) == "alice0"
-    assert sharing.leave_out(["alice0", "alice1", "alice2"]) is None
+def rounds_of(alice, *takers):
+    """After turns of these Alices, of alice0, alice1 and alice2."""
+    layout = two_party(BLOCKS, 2)
+    schedule = Schedule(layout.takers(3), alice=alice, turn="step" if alice.defers else "epoch")
+    rounds = Rounds(schedule, make_network(layout))
+    for taker in takers:
+        rounds.take(taker)
+    return rounds
 
 
-def test_of_a_mean_gradient_somebody_abreast_has_the_weights():
+@pytest.mark.parametrize("sharing", [Handoff, Average, MeanGradient])
+@pytest.mark.parametrize(
+    ("gone", "holder"),
+    [(["alice0"], "alice2"), (["alice2"], "alice1"), (["alice1", "alice2"], "alice0"), ([], "alice2")],
+)
+def test_when_she_who_had_the_turn_is_gone_it_is_hers_who_had_it_before(sharing, gone, holder):
+    rounds = rounds_of(sharing(), "alice0", "alice1", "alice0", "alice1", "alice2")
+    rounds.leave_out(gone)
+    assert rounds.holder == holder
+    if sharing is Handoff:  # she still has what she handed over
+        assert rounds.sharings["alice"].holder == holder
+
+
+def test_when_nobody_is_left_who_had_a_turn_the_next_begins_with_what_she_has():
+    rounds = rounds_of(Handoff(), "alice1")
+    rounds.leave_out(["alice1"])
+    assert rounds.holder == "alice0"
+    assert rounds.sharings["alice"].holder is None
+
+
+def test_of_a_mean_gradient_who_has_missed_a_step_is_shown_what_all_have():
     live, sharing = make_live(), MeanGradient()
     take_turns(sharing, live, "alice0", "alice2")
     sharing.end_round(live)
-    assert sharing.leave_out(["alice0"]) == "alice2"
-    assert sharing.leave_out(["alice2"]) is None
     before = live.wire.ledger.table()
     sharing.show(live, "alice1")  # she has missed the step
     assert live.wire.ledger.table() != before

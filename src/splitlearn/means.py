@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,7 +81,7 @@ class Average(Sharing):
             self.aside = copied(live.weights) if self.start or not live.at(SERVER) else {}
             live.load(agreed)
 
-    def hide(self, live: Live, alice: Party) -> None:
+    def hide(self, live: Live) -> None:
         live.load(self.aside)
         self.aside = {}
 
@@ -147,11 +146,6 @@ class MeanGradient(Sharing):
             live.load(live.carry(live.buffers, SERVER, alice, "weights") if live.buffers else {})
         self.abreast = {*self.givers} if self.givers else self.abreast
         self.givers, self.start = [], {}
-
-    def leave_out(self, parties: Collection[Party]) -> Party | None:
-        if self.abreast is not None:
-            self.abreast -= {*parties}
-        return min(self.abreast or (), default=None)
 
     def state_dict(self) -> dict[str, Any]:
         return {"abreast": None if self.abreast is None else sorted(self.abreast)}

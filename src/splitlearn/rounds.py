@@ -34,6 +34,7 @@ class Rounds:
         self.holder = schedule.takers[0]
         self.taking = False
         self.num_rows = 0
+        self.turns: dict[Party, None] = {}  # who has had one, the latest last
         self.gone: frozenset[Party] = frozenset()
         roles = [role for role in network.layout.roles if network.wire.hosts(role)]
         self.sharings = {role: copy.deepcopy(schedule.alice if role == "alice" else schedule.bob) for role in roles}
@@ -65,6 +66,8 @@ class Rounds:
         for role, live in self.lives.items():
             self.sharings[role].take(live, alice)
         self.holder, self.taking = alice, True
+        self.turns.pop(alice, None)
+        self.turns[alice] = None
 
     def end(self) -> None:
         """The round is over."""
@@ -79,7 +82,7 @@ class Rounds:
 
     def hide(self) -> None:
         for role, live in self.lives.items():
-            self.sharings[role].hide(live, self.holder)
+            self.sharings[role].hide(live)
 
     def predict(self, batch: Batch) -> Iterator[tuple[Party, Tensor, Tensor, Tensor | None]]:
         """Yield who evaluates, output, labels and owners, on meta where the loss is held in another process.
@@ -102,33 +105,38 @@ class Rounds:
     @contextmanager
     def as_of(self, alice: Party) -> Iterator[None]:
         """The network as Alice has it at this moment: with her own bottom, where bottoms are personal."""
-        if not self.personal:
+        if not self.personal or "alice" not in self.lives:
             yield
             return
-        self.show()
-        self._take_alone(alice)
+        sharing, live = self.sharings["alice"], self.lives["alice"]
+        sharing.show(live, alice)
+        sharing.take(live, alice)
         try:
             yield
         finally:
-            self.hide()
+            sharing.hide(live)
 
     def state_dict(self) -> dict[str, Any]:
         sharings = {role: sharing.state_dict() for role, sharing in self.sharings.items()}
-        return {"holder": self.holder, "taking": self.taking, "num_rows": self.num_rows, "sharings": sharings}
+        turns = {"holder": self.holder, "taking": self.taking, "num_rows": self.num_rows, "turns": list(self.turns)}
+        return {**turns, "sharings": sharings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.holder, self.taking, self.num_rows = state["holder"], state["taking"], state["num_rows"]
+        self.turns = dict.fromkeys(state["turns"])
         for role, sharing in self.sharings.items():
             sharing.load_state_dict(state["sharings"][role])
 
     def leave_out(self, parties: Collection[Party]) -> None:
         """These Alices are gone for good: their mini-batches are left out, and what they had not handed over."""
         self.gone = frozenset(parties)
-        left = [taker for taker in self.schedule.takers if taker not in parties]
-        holders = [sharing.leave_out(parties) for sharing in self.sharings.values()]
+        self.turns = {taker: None for taker in self.turns if taker not in parties}
         if self.holder in parties:
             self.taking, self.num_rows = False, 0
-            self.holder = next((holder for holder in holders if holder is not None), left[0])
+            before = next(reversed(self.turns), None)
+            for sharing in self.sharings.values():
+                sharing.fall_back(before)
+            self.holder = before or next(taker for taker in self.schedule.takers if taker not in parties)
 
     def settle(self) -> None:
         """Receive what is under way, before all save their state."""

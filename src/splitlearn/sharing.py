@@ -6,7 +6,6 @@ and the running sum. Only `Personal` and `optimizer_state: keep` hold something 
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -43,12 +42,11 @@ class Sharing:
     def show(self, live: Live, alice: Party) -> None:
         """Until `hide`, make `live` what all agree on, for `alice` to evaluate, be it in the middle of a round."""
 
-    def hide(self, live: Live, alice: Party) -> None:
+    def hide(self, live: Live) -> None:
         """Go on training."""
 
-    def leave_out(self, parties: Collection[Party]) -> Party | None:
-        """Parties are gone for good, and what they had with them. Return who has the weights now, if somebody does."""
-        return None
+    def fall_back(self, alice: Party | None) -> None:
+        """Who had the turn is gone for good; `alice` had it before her, None: nobody who is left."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -74,9 +72,6 @@ class Handoff(Sharing):
     optimizer_state: str = "carry"
     handoff: str = "peer"
     holder: Party | None = field(default=None, init=False, repr=False)
-    before: list[Party] = field(
-        default_factory=list, init=False, repr=False
-    )  # who had it before her, the last one last
     kept: dict[Party, dict[int, dict[str, Any]]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -93,7 +88,6 @@ class Handoff(Sharing):
             self.holder = alice
             return
         giver, self.holder = self.holder, alice
-        self.before = [*(party for party in self.before if party not in (giver, alice)), giver]
         way = [giver, alice] if self.handoff == "peer" else [giver, SERVER, alice]
         for src, dst in pairwise(way):
             live.load(live.carry(live.weights, src, dst, "weights"))
@@ -104,17 +98,14 @@ class Handoff(Sharing):
         if self.optimizer_state != "carry" and live.at(alice):
             live.set_state(self.kept.pop(alice, {}))
 
-    def leave_out(self, parties: Collection[Party]) -> Party | None:
-        self.before = [party for party in self.before if party not in parties]
-        if self.holder in parties:  # she who handed it to her still has what she handed over
-            self.holder = self.before.pop() if self.before else None
-        return self.holder
+    def fall_back(self, alice: Party | None) -> None:
+        self.holder = alice  # who still has what she handed over
 
     def state_dict(self) -> dict[str, Any]:
-        return {"holder": self.holder, "before": self.before, "kept": self.kept}
+        return {"holder": self.holder, "kept": self.kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.holder, self.before, self.kept = state["holder"], state["before"], state["kept"]
+        self.holder, self.kept = state["holder"], state["kept"]
 
 
 @dataclass(eq=False)
@@ -143,7 +134,7 @@ class Personal(Sharing):
     def show(self, live: Live, alice: Party) -> None:
         self.before = self.holder
 
-    def hide(self, live: Live, alice: Party) -> None:
+    def hide(self, live: Live) -> None:
         if self.before is not None:
             self.take(live, self.before)
 
