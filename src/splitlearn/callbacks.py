@@ -131,10 +131,8 @@ class Results(Callback):
             **more,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".json.tmp")
         indent = None if has_many_alices(learner) else 2  # with it, a thousand Alices' tables take Python a second
-        unfinished.write_text(json.dumps(_finite(results), indent=indent, allow_nan=False) + "\n")
-        unfinished.replace(self.path)
+        write_whole(self.path, json.dumps(_finite(results), indent=indent, allow_nan=False) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         return {"epochs": self.epochs, "validated": self.validated, "seconds": self.seconds}
@@ -186,6 +184,13 @@ class Interrupt(Callback):
         if self.before is not None:
             signal.signal(signal.SIGINT, self.before)
             self.before = None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Under another name first: nobody reads half of a file, and who dies in the middle leaves the old one."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(text)
+    unfinished.replace(path)
 
 
 def _measured(trainer: pl.Trainer, prefix: str) -> dict[str, float]:

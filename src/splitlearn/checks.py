@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from splitlearn.errors import CURE, DivergedError, InputError
+from splitlearn.errors import CURE, DivergedError, InputError, check_whole
 from splitlearn.layout import Role
 
 
@@ -17,8 +17,7 @@ def check_settings(interval: str, clip_val: float | None, steps_per_execution: i
         raise ValueError(f"`scheduler.interval` (={interval}) must be epoch or step")
     if steps_per_execution < 1:
         raise ValueError(f"`steps_per_execution` (={steps_per_execution}) must be at least 1")
-    if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
-        raise ValueError(f"`micro_batches` (={micro_batches}) must be a whole number of at least 1")
+    check_whole("micro_batches", micro_batches)
     if clip_val is not None and clip_val < 0:
         raise ValueError(f"`trainer.gradient_clip_val` (={clip_val}) must not be negative; null clips nothing")
 

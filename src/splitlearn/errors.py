@@ -8,5 +8,11 @@ class InputError(ValueError):
 CURE = "lower `optimizer.lr` or set `trainer.gradient_clip_val`"  # of a loss that diverges
 
 
+def check_whole(name: str, value: object, also: str = "") -> None:
+    """Raises InputError for a value that is no whole number of at least 1; `also` tells what else it may be."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"`{name}` (={value}) must be a whole number of at least 1{also}")
+
+
 class DivergedError(RuntimeError):
     """The loss is not a finite number."""

@@ -18,7 +18,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from splitlearn.build import Run, as_input_error, build, make, one_line
+from splitlearn.build import as_input_error, build, make, one_line
+from splitlearn.callbacks import write_whole
 from splitlearn.certificates import make_certificates
 from splitlearn.drawing import draw
 from splitlearn.engines.federation import FAILED, Attempt, Federation, parties_of
@@ -60,12 +61,12 @@ def federate(cfg: DictConfig, engine: Processes) -> dict[str, float]:
     if engine.party is None and "TORCHELASTIC_RUN_ID" in os.environ:
         engine = _as_rank(cfg, engine)
     with TemporaryDirectory() as secrets:
-        parties = [engine.party] if engine.party is not None else _plan(cfg, engine)
+        parties = [engine.party] if engine.party is not None else _plan(cfg)
         if len(parties) > 1 and isinstance(wiring, GrpcWiring) and wiring.needs_certificates:
             make_certificates(parties, Path(secrets))
             shutil.rmtree(Path(secrets) / "ca")  # nobody else is to come
             cfg.wire.certificates = secrets
-        plays = {party: _play_of(cfg, party, parties, output_dir) for party in parties}
+        plays = {party: _play_of(cfg, engine, party, parties, output_dir) for party in parties}
         try:
             metrics = engine.launch(plays, str(output_dir))
         except PartyLostError as error:
@@ -141,7 +142,7 @@ def _as_rank(cfg: DictConfig, engine: Processes) -> Processes:
     rank, size = (int(os.environ.pop(name)) for name in ("RANK", "WORLD_SIZE"))
     for name in ("LOCAL_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
         os.environ.pop(name, None)
-    parties = _plan(cfg, engine)
+    parties = _plan(cfg)
     if size != len(parties):
         raise InputError(
             f"torchrun starts {size} processes, and the parties are {', '.join(parties)}: start one for each"
@@ -150,21 +151,17 @@ def _as_rank(cfg: DictConfig, engine: Processes) -> Processes:
     return replace(engine, party=parties[rank], address=engine.address if engine.has_port else address)
 
 
-def _plan(cfg: DictConfig, engine: Processes) -> list[Party]:
+def _plan(cfg: DictConfig) -> list[Party]:
     """Build the run as the simulator would, which checks it; draw it, and return the parties."""
     plan = copy.deepcopy(cfg)
     plan.logger, plan.callbacks, plan.ckpt = {}, {}, None
     with as_input_error():
         run = build(plan)
-    print(_drawn(run), flush=True)
+    print(draw(run.learner.network, run.data.sample(), run.data.batch_size, run.learner.schedule), flush=True)
     return parties_of(run.learner)
 
 
-def _drawn(run: Run) -> str:
-    return draw(run.learner.network, run.data.sample(), run.data.batch_size, run.learner.schedule)
-
-
-def _play_of(cfg: DictConfig, party: Party, parties: list[Party], output_dir: Path) -> Play:
+def _play_of(cfg: DictConfig, engine: Processes, party: Party, parties: list[Party], output_dir: Path) -> Play:
     own = copy.deepcopy(cfg)
     OmegaConf.set_struct(own, False)
     own.output_dir = str(output_dir / party)
@@ -179,14 +176,12 @@ def _play_of(cfg: DictConfig, party: Party, parties: list[Party], output_dir: Pa
     for name in [name for name, callback in own.callbacks.items() if callback["_target_"] in NOT_HERE]:
         own.callbacks.pop(name)
     OmegaConf.resolve(own)
-    return partial(play, OmegaConf.to_yaml(own), make(cfg.engine))
+    return partial(play, OmegaConf.to_yaml(own), engine)
 
 
 def _write_results(output_dir: Path, parties: list[Party], **more: Any) -> dict[str, Any]:
     """The hub's results are everybody's: they stand in the folder of the run as well."""
     source = output_dir / parties[0] / "results.json"
     results: dict[str, Any] = json.loads(source.read_text()) if source.is_file() else {}
-    unfinished = output_dir / "results.json.tmp"
-    unfinished.write_text(json.dumps({**results, **more}, indent=2) + "\n")
-    unfinished.replace(output_dir / "results.json")
+    write_whole(output_dir / "results.json", json.dumps({**results, **more}, indent=2) + "\n")
     return results

@@ -143,7 +143,7 @@ class Hub(Star):
             pass
 
     def _deliver(self, message: bytes, peer: Party) -> None:
-        sender, receiver = self._sender(message)
+        sender, receiver = self._route(message)
         if sender != peer:
             raise FrameError(f"frame: `sender` (={sender}) must be {peer}, whose stream this is")
         if receiver == self.party:

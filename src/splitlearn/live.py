@@ -63,8 +63,9 @@ class Live:
         """
         if self.role != "alice":
             return tensors
-        known = tensors if self.at(src) or (tensors and kind == "weights") else self._shapes(kind)
-        return self.wire.carry_all(known, src, dst, kind)
+        if kind == "weights":  # both ends have the same ones
+            return self.wire.carry_all(tensors, src, dst, kind) if tensors else {}
+        return self.wire.carry_all(tensors if self.at(src) else self._shapes(kind), src, dst, kind)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         write(self.weights, tensors)
@@ -115,7 +116,7 @@ class Live:
         """What to expect of somebody else: `0/exp_avg` has the shape of parameter `0`, or is a number."""
         if kind == "optimizer_state":
             return {str(i): parameter for i, parameter in enumerate(self._parameters())}
-        return self.trained if kind == "weight_gradient" else self.weights
+        return self.trained
 
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ class Average(Sharing):
     def take(self, live: Live, alice: Party) -> None:
         if live.at(SERVER):
             self.start = self.start or copied(live.weights)
-        live.load(live.carry(self.start, SERVER, alice, "weights"))
+        live.load(live.carry(self.start or live.weights, SERVER, alice, "weights"))
         if live.at(alice):
             live.set_state(self.kept.pop(alice, {}))
         if self.optimizer_state == "carry":
@@ -122,9 +122,12 @@ class MeanGradient(Sharing):
             live.load(self.start)
         else:
             self.start = copied(live.buffers)
-        self.show(live, alice)
+        self._catch_up(live, alice)
 
     def show(self, live: Live, alice: Party) -> None:
+        self._catch_up(live, alice)
+
+    def _catch_up(self, live: Live, alice: Party) -> None:
         if self.abreast is not None and alice not in self.abreast:  # she has missed a step
             live.load(live.carry(live.weights, SERVER, alice, "weights"))
             live.load_state(live.carry(live.state, SERVER, alice, "optimizer_state"))
@@ -132,7 +135,7 @@ class MeanGradient(Sharing):
 
     def give(self, live: Live, alice: Party, num_rows: int) -> None:
         gradients = live.carry(live.gradients, alice, SERVER, "weight_gradient")
-        buffers = live.carry(live.buffers, alice, SERVER, "weights") if live.buffers else {}
+        buffers = live.carry(live.buffers, alice, SERVER, "weights")
         self.mean.add({**gradients, **buffers}, num_rows if self.weighting == "samples" else 1)
         self.givers.append(alice)
 
@@ -143,7 +146,7 @@ class MeanGradient(Sharing):
             live.load_gradients({name: mean for name, mean in means.items() if name in live.trained})
         for alice in self.givers:
             live.load_gradients(live.carry(live.gradients, SERVER, alice, "weight_gradient"))
-            live.load(live.carry(live.buffers, SERVER, alice, "weights") if live.buffers else {})
+            live.load(live.carry(live.buffers, SERVER, alice, "weights"))
         self.abreast = {*self.givers} if self.givers else self.abreast
         self.givers, self.start = [], {}
 

@@ -28,7 +28,7 @@ from splitlearn.frame import (
     verify,
 )
 from splitlearn.layout import Party, Role
-from splitlearn.ledger import KINDS, is_alice
+from splitlearn.ledger import is_alice
 from splitlearn.sealing import Seal
 from splitlearn.wire import SERVER, Message, Wire
 
@@ -85,9 +85,7 @@ class RemoteWire(Wire):
     def hosts(self, role: Role) -> bool:
         return role == self.party or (role == "alice" and (is_alice(self.party) or self.party == SERVER))
 
-    def carry(self, tensor: Tensor, src: Party, dst: Party, kind: str) -> Tensor:
-        if kind not in KINDS:
-            raise ValueError(f"`kind` (={kind}) must be one of {', '.join(KINDS)}")
+    def _move(self, tensor: Tensor, src: Party, dst: Party, kind: str) -> Tensor:
         if src == self.party:
             sent = self._heard(Message(src, dst, kind, tensor.detach())) if self.taps else tensor.detach()
             wants = WANTS_GRADIENT if kind == "activation" and tensor.requires_grad else 0

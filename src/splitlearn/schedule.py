@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from splitlearn.errors import check_whole
 from splitlearn.layout import Layout, Party
 from splitlearn.means import MeanGradient
 from splitlearn.seeds import derive
@@ -138,9 +139,9 @@ class Schedule:
     def _check(self) -> None:
         if not self.takers:
             raise ValueError("`takers` (=()) must name at least one party")
-        _check_whole("schedule.local_epochs", self.local_epochs)
+        check_whole("schedule.local_epochs", self.local_epochs)
         if self.turn not in ("epoch", "step"):
-            _check_whole("schedule.turn", self.turn, ", or one of epoch and step")
+            check_whole("schedule.turn", self.turn, ", or one of epoch and step")
         if self.order not in ORDERS:
             raise ValueError(f"`schedule.order` (={self.order}) must be one of {', '.join(ORDERS)}")
         if isinstance(self.participation, (bool, str)) or not 0 < self.participation <= 1:
@@ -172,8 +173,3 @@ class Schedule:
 
 def _half_up(number: float) -> int:
     return int(number + 0.5)
-
-
-def _check_whole(name: str, value: object, also: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` (={value}) must be a whole number of at least 1{also}")

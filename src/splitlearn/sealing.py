@@ -17,9 +17,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from splitlearn.certificates import Identity, check_certificate
 from splitlearn.errors import InputError
+from splitlearn.frame import SEAL_BYTES, Bytes
 
-NONCE_BYTES, TAG_BYTES, KEY_BYTES = 12, 16, 32
-Bytes = bytes | bytearray | memoryview
+NONCE_BYTES, KEY_BYTES = 12, 32
 
 
 class SealError(RuntimeError):
@@ -62,8 +62,8 @@ class Seal:
     def open(self, sealed: Bytes, head: bytes) -> bytes:
         """Return what the peer sealed. Raises SealError for anything else."""
         fault = f"a message cannot be opened as {self.peer}'s to {self.party}"
-        if len(sealed) < NONCE_BYTES + TAG_BYTES:
-            raise SealError(f"{fault}: it has {len(sealed)} bytes, and must have {NONCE_BYTES + TAG_BYTES} or more")
+        if len(sealed) < SEAL_BYTES:
+            raise SealError(f"{fault}: it has {len(sealed)} bytes, and must have {SEAL_BYTES} or more")
         view = memoryview(sealed)
         try:
             return self._cipher.decrypt(view[:NONCE_BYTES], view[NONCE_BYTES:], _bound(self.peer, head))

@@ -88,7 +88,7 @@ class Star:
     def _deliver(self, message: bytes, peer: Party) -> None:
         raise NotImplementedError
 
-    def _sender(self, message: bytes) -> tuple[Party, Party]:
+    def _route(self, message: bytes) -> tuple[Party, Party]:
         header = unpack(message[:HEADER_BYTES])
         if max(header.sender, header.receiver) >= len(self.parties):
             raise FrameError(f"frame: parties {header.sender} and {header.receiver} must be below {len(self.parties)}")
@@ -177,7 +177,7 @@ class Member(Star):
         return note["lost"], note["why"]
 
     def _deliver(self, message: bytes, peer: Party) -> None:
-        sender, receiver = self._sender(message)
+        sender, receiver = self._route(message)
         if receiver != self.party:
             raise FrameError(f"frame: `receiver` (={receiver}) must be {self.party}")
         self.inbox[sender].put(message)

@@ -15,6 +15,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from splitlearn.build import as_input_error, build, make, one_line
 from splitlearn.engines.processes import PartyLostError, Processes
+from splitlearn.engines.simulated import Simulated
 from splitlearn.errors import DivergedError, InputError
 from splitlearn.federate import federate
 from splitlearn.report import log_hyperparameters, print_table, quieten
@@ -32,7 +33,7 @@ def train(cfg: DictConfig) -> float | None:
     """
     with as_input_error():
         engine = make(cfg.engine)
-    metrics = federate(cfg, engine) if isinstance(engine, Processes) else _simulate(cfg)
+    metrics = federate(cfg, engine) if isinstance(engine, Processes) else _simulate(cfg, engine)
     if cfg.metric is not None and cfg.metric not in metrics:
         logging.getLogger(__name__).warning(
             "`metric` (=%s) was not measured, so a sweeper gets nothing; measured: %s", cfg.metric, ", ".join(metrics)
@@ -40,10 +41,9 @@ def train(cfg: DictConfig) -> float | None:
     return metrics.get(cfg.metric)
 
 
-def _simulate(cfg: DictConfig) -> dict[str, float]:
+def _simulate(cfg: DictConfig, engine: Simulated) -> dict[str, float]:
     with as_input_error():
         run = build(cfg)
-        engine = make(cfg.engine)
     metrics = engine.run(run.trainer, run.learner, run.data, cfg.ckpt)
     log_hyperparameters(cfg, run.trainer, metrics)
     num_bytes = run.learner.ledger.table(merge=has_many_alices(run.learner))

@@ -68,10 +68,10 @@ class Gloo:
                 self.posted[other] = deque(self._post(other, HEADER_BYTES + SMALL) for _ in range(AHEAD))
 
     def send(self, dst: Party, head: bytes, payload: memoryview | bytes) -> None:
-        parts = (b"".join((head, payload)),) if len(payload) <= SMALL else (head, payload)
+        parts = [bytearray().join((head, payload))] if len(payload) <= SMALL else [bytearray(head), bytearray(payload)]
         with _patience():
             for tag, part in enumerate(parts):
-                memory = torch.frombuffer(bytearray(part), dtype=torch.uint8)
+                memory = torch.frombuffer(part, dtype=torch.uint8)
                 self.unfinished.append((self.group.send([memory], self.ranks[dst], tag), memory))
                 self.under_way += len(part)
             while len(self.unfinished) > UNFINISHED or self.under_way > UNFINISHED_BYTES:

@@ -64,8 +64,7 @@ class Wire:
         """
         if kind not in KINDS:
             raise ValueError(f"`kind` (={kind}) must be one of {', '.join(KINDS)}")
-        received = self._move(tensor.detach(), src, dst, kind)
-        return received.requires_grad_(tensor.requires_grad) if kind == "activation" else received
+        return self._move(tensor, src, dst, kind)
 
     def carry_all(self, tensors: Mapping[str, Tensor], src: Party, dst: Party, kind: str) -> dict[str, Tensor]:
         """Bring tensors by name, and return what `dst` receives: nothing where it lives elsewhere.
@@ -78,11 +77,12 @@ class Wire:
         """Return what every process has given, in the same order to all. `values` is what JSON can hold."""
         return [values]
 
-    def _move(self, payload: Tensor, src: Party, dst: Party, kind: str) -> Tensor:
+    def _move(self, tensor: Tensor, src: Party, dst: Party, kind: str) -> Tensor:
+        payload = tensor.detach()
         if self.taps:
             payload = self._heard(Message(src, dst, kind, payload))
         self.ledger.add(src, dst, kind, payload.nbytes)
-        return payload
+        return payload.requires_grad_(tensor.requires_grad) if kind == "activation" else payload
 
     def _heard(self, message: Message) -> Tensor:
         """Let the taps of both parties hear: the sender's first, so that the receiver's hear what arrives."""

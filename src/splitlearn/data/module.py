@@ -87,13 +87,7 @@ class SplitData(pl.LightningDataModule):
         self.test_ids = test_ids if source.test is None else torch.arange(len(self.test_rows))
         self.labels = _labels(self.rows, source.train, source.num_classes)
         _check_partition(partition, num_columns)
-        dealt = dict(zip(takers, partition(self.labels, len(takers), seed), strict=True))
-        self.owners = owners_of(dealt, len(self.rows))
-        trained = rows_trained_on(dealt, train_ids, len(self.rows))
-        self.shards = {taker: rows[trained[rows]] for taker, rows in dealt.items()}
-        self.val_ids = still_held(self.val_ids, trained, "data.val_fraction")
-        if source.test is None:
-            self.test_ids = still_held(self.test_ids, trained, "data.test_fraction")
+        self._deal(dict(zip(takers, partition(self.labels, len(takers), seed), strict=True)), train_ids)
 
     @property
     def kind(self) -> str:
@@ -159,6 +153,15 @@ class SplitData(pl.LightningDataModule):
         """The rows of an Alice's smallest micro-batch, which a short last mini-batch leaves, or a full one."""
         sizes = {min(self.batch_size, num_rows), (num_rows - 1) % self.batch_size + 1}
         return min((size - 1) % -(-size // parts) + 1 for size in sizes)
+
+    def _deal(self, dealt: Mapping[Party, Tensor], train_ids: Tensor) -> None:
+        """Give each taker what is dealt to her, less the rows that are held out."""
+        self.owners = owners_of(dealt, len(self.rows))
+        trained = rows_trained_on(dealt, train_ids, len(self.rows))
+        self.shards = {taker: rows[trained[rows]] for taker, rows in dealt.items()}
+        self.val_ids = still_held(self.val_ids, trained, "data.val_fraction")
+        if self.test_rows is self.rows:
+            self.test_ids = still_held(self.test_ids, trained, "data.test_fraction")
 
     def _evaluate(self, rows: Rows, ids: Tensor) -> EvalLoader:
         self._place(rows)

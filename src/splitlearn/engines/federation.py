@@ -94,7 +94,7 @@ class Federation:
         self.wire.device = trainer.strategy.root_device
         self.wire.connect(transport, star.parties, bytes.fromhex(run), self.wiring.seals(star, welcome))
         saves = Snapshots(own, self.save_every_n_steps, run)
-        trainer.callbacks[:0] = [Together(gone)]  # type: ignore[attr-defined]
+        trainer.callbacks[:0] = [Together(self.wire, gone)]  # type: ignore[attr-defined]
         trainer.callbacks.append(saves)  # type: ignore[attr-defined]
         trainer.fit(learner, datamodule=data, ckpt_path=path_of(folders, run, step) if step else None)
         metrics = dict(trainer.callback_metrics)

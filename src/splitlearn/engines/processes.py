@@ -18,7 +18,7 @@ import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from splitlearn.engines.federation import ORPHANED, Attempt
-from splitlearn.errors import InputError
+from splitlearn.errors import InputError, check_whole
 from splitlearn.layout import Party
 from splitlearn.ledger import is_alice
 
@@ -54,9 +54,7 @@ class Processes:
         for name in ("timeout", "join_timeout"):
             if not isinstance(getattr(self, name), int | float) or getattr(self, name) <= 0:
                 raise InputError(f"`engine.{name}` (={getattr(self, name)}) must be a number above 0")
-        steps = self.save_every_n_steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise InputError(f"`engine.save_every_n_steps` (={steps}) must be a whole number of at least 1")
+        check_whole("engine.save_every_n_steps", self.save_every_n_steps)
         host, _, port = str(self.address).rpartition(":")
         if not host or not port.isdecimal() or int(port) > LAST_PORT:
             raise InputError(f"`engine.address` (={self.address}) must be HOST:PORT, e.g. 127.0.0.1:29400")
@@ -221,9 +219,9 @@ class Crew:
         if "done" in note or "error" in note:
             return None
         if "lost" in note:
-            return Outcome(lost=note["lost"], why=note["why"], step=note["step"])
+            return Outcome(lost=note["lost"], why=note["why"])
         how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-        return Outcome(lost=party, why=f"its process ended by {how}", step=note.get("step", 0))
+        return Outcome(lost=party, why=f"its process ended by {how}")
 
 
 def _begin(play: Play, attempt: Attempt, connection: Connection, threads: int) -> None:

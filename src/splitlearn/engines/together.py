@@ -20,13 +20,14 @@ class Together(Callback):
     Logs `seconds/computing/PARTY`, `seconds/waiting/PARTY` and `seconds/wire/PARTY`, of training so far.
 
     Arguments:
+        wire: this party's.
         gone: the Alices who are left out.
     """
 
     content_with_stretches = True
 
-    def __init__(self, gone: Collection[Party] = ()) -> None:
-        self.gone = list(gone)
+    def __init__(self, wire: RemoteWire, gone: Collection[Party] = ()) -> None:
+        self.wire, self.gone = wire, list(gone)
         self.parties: dict[Party, dict[str, Any]] = {}
         self.seconds: dict[str, float] = {}
 
@@ -34,14 +35,11 @@ class Together(Callback):
         learner.rounds.leave_out(self.gone)
 
     def on_train_start(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
-        wire = learner.network.wire
-        assert isinstance(wire, RemoteWire)
-        self.began, wire.seconds = time.perf_counter(), dict.fromkeys(wire.seconds, 0.0)
+        self.began, self.wire.seconds = time.perf_counter(), dict.fromkeys(self.wire.seconds, 0.0)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
-        spent, wire = time.perf_counter() - self.began, learner.network.wire
-        assert isinstance(wire, RemoteWire)
-        seconds = {"computing": spent - sum(wire.seconds.values()), **wire.seconds}
+        spent = time.perf_counter() - self.began
+        seconds = {"computing": spent - sum(self.wire.seconds.values()), **self.wire.seconds}
         self.seconds = {what: round(value, 3) for what, value in seconds.items()}
         told = self._tell(learner, {"loss": learner.epoch_loss.sums})
         for each in told:
@@ -62,8 +60,7 @@ class Together(Callback):
         return {"parties": self.parties, **({"left_out": self.gone} if self.gone else {})}
 
     def _tell(self, learner: SplitLearner, more: dict[str, Any]) -> list[dict[str, Any]]:
-        wire = learner.network.wire
-        assert isinstance(wire, RemoteWire)
+        wire = self.wire
         learner.rounds.settle()  # nothing else may be under way when notes are told
         tables = [learner.ledger.table(), learner.evaluation_ledger.table()]
         own = {"party": wire.party, "seconds": self.seconds, "overhead_bytes": dict(wire.overhead)}
