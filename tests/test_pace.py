@@ -7,9 +7,10 @@ Lightning itself on the same mini-batches. What only a split run leaves is compa
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers import BLOCKS
+from helpers import BLOCKS, SEED, SGD, net
 from pytorch_lightning.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from runs import (
+    TWO_PARTY,
     Plain,
     Recorder,
     difference,
@@ -29,7 +30,10 @@ from splitlearn import pace
 from splitlearn.callbacks import Interrupt, ProgressBar
 from splitlearn.layout import whole
 from splitlearn.learner import SplitLearner
+from splitlearn.network import SplitNetwork
+from splitlearn.schedule import Schedule
 from splitlearn.watch import Watch
+from splitlearn.wire import Wire, elsewhere
 
 LENGTHS = (1, 7, 50)
 WHOLE = whole(BLOCKS)
@@ -208,3 +212,42 @@ def test_a_second_fit_goes_on(tmp_path, length, first):
     assert difference(weights(learner), weights(plain)) == []
     assert list(saved(tmp_path / "split")) == list(saved(tmp_path / "plain"))
     assert validations(recorder.logged) == validations(reference.logged)
+
+
+def test_what_was_made_ready_comes_next():
+    read = []
+    items = pace.Ahead(read.append(i) or i for i in range(3))
+    items.prepare()
+    items.prepare()
+    assert read == [0]
+    assert [next(items), read] == [0, [0]]
+    assert list(items) == [1, 2]
+    items.prepare()
+    assert list(items) == []
+
+
+class WithoutBob(Wire):
+    """The wire of Alice's process, to which every gradient comes as zeros. Notes what happens in which order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def plays(self, party):
+        return party != "bob"
+
+    hosts = plays
+
+    def _move(self, tensor, src, dst, kind):
+        self.events.append(kind)
+        return torch.zeros(tensor.shape) if src == "bob" else elsewhere(tuple(tensor.shape), tensor.dtype)
+
+
+def test_who_waits_reads_the_next_rows_meanwhile(tmp_path):
+    data, wire = make_data(), WithoutBob()
+    data.augment = lambda x, generator: wire.events.append("rows") or x
+    network = SplitNetwork(net(), TWO_PARTY, wire, data.sample(), SEED)
+    learner = SplitLearner(network, Schedule(["alice0"]), SGD, torch.nn.CrossEntropyLoss(), 3)
+    make_trainer(tmp_path, max_epochs=1).fit(learner, datamodule=data)
+    step = ["activation", "rows", "gradient"]
+    assert wire.events == ["rows", *step * 9, "activation", "gradient"]

@@ -115,7 +115,7 @@ def _count(trainer: pl.Trainer, learner: SplitLearner, alice: Party) -> Tensor:
         with evaluating(network), learner.rounds.as_of(alice):
             for batch in islice(loader, _limit(trainer, len(loader))):
                 output, labels, _ = network(batch, learner.layout.cast(alice))
-                if output.device.type == "meta":  # another party counts
+                if output.is_meta:  # another party counts
                     continue
                 right = labels[output.argmax(1) == labels]
                 counts += torch.stack([torch.bincount(some, minlength=num_labels) for some in (right, labels)]).cpu()

@@ -218,23 +218,23 @@ class SplitLearner(pl.LightningModule):
         for judge, alice in product(self.judges, [a for a in turns.finishes if a not in self.rounds.gone]):
             judge.on_alice_finished(self.trainer, self, alice)
 
-    def _pass(self, batch: Batch, cast: Mapping[Role, Party]) -> Tensor:
-        """Forward and backward; return the loss. Micro-batches go forward one behind the other, then all backward."""
+    def _pass(self, batch: Batch, cast: Mapping[Role, Party]) -> Tensor | None:
+        """Forward and backward; return the loss, if it is here. Micro-batches all go forward, then all backward."""
         passes = [(part, *self.network(part, cast)) for part in micro(batch, self.micro_batches)]
         losses = []
         for part, output, labels, tape in passes:
-            if output.device.type == "meta":  # another process holds the loss
+            if output.is_meta:  # another process holds the loss
+                self.pace.prepare()  # which would cost time behind the wait
                 self.network.backward(None, tape)
                 continue
             loss = self.loss(output, labels) * (len(part.ids) / len(batch.ids) if len(passes) > 1 else 1)
             self.network.backward(self.stepper.before_backward(loss), tape)
             losses.append(loss.detach())
-        return torch.stack(losses).sum() if losses else torch.empty((), device="meta")
+        return sum(losses[1:], losses[0]) if losses else None
 
     def _evaluate(self, batch: Batch, stage: str) -> list[Part]:
         parts: list[Part] = []
-        predicted = self.rounds.predict(batch)
-        for alice, output, labels, owners in (part for part in predicted if part[1].device.type != "meta"):
+        for alice, output, labels, owners in (part for part in self.rounds.predict(batch) if not part[1].is_meta):
             loss = self.loss(output, labels)
             if not torch.isfinite(loss):
                 steps = self.trainer.global_step

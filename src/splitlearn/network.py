@@ -15,7 +15,7 @@ from splitlearn.errors import InputError
 from splitlearn.layout import Layout, Party, Role, Stage
 from splitlearn.ledger import Ledger
 from splitlearn.segment import Segment, evaluating
-from splitlearn.wire import Absent, Wire
+from splitlearn.wire import Absent, Wire, elsewhere
 
 
 class Batch(NamedTuple):
@@ -91,7 +91,7 @@ class SplitNetwork(nn.Module):
             mine = self.wire.plays(cast[stage.role])
             values[stage.name] = segment(join(inputs), batch.number) if mine else self._outline(stage, batch)
         holder, owner = cast[stage.role], cast[self.layout.owners["y"]]
-        labels = values["y"] if "y" in values else torch.empty(len(batch.ids), dtype=torch.int64, device="meta")
+        labels = values["y"] if "y" in values else elsewhere((len(batch.ids),), torch.int64)
         labels = labels if owner == holder else self.wire.carry(labels, owner, holder, "label")
         return values[stage.name], labels, tape
 
@@ -164,7 +164,7 @@ class SplitNetwork(nn.Module):
     def _outline(self, stage: Stage, batch: Batch) -> Tensor:
         """What a stage in another process returns, as far as it is known here."""
         like = self.shapes[stage.name]
-        return like.new_empty(len(batch.ids), *like.shape[1:], device="meta")
+        return elsewhere((len(batch.ids), *like.shape[1:]), like.dtype)
 
     def _shape(self, sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Give lazy layers their shapes; return every stage's output for the sample, zeros where it is not known."""

@@ -10,7 +10,8 @@ checkpoint, limit, after a second, and after every mini-batch when a callback li
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import pytorch_lightning as pl
@@ -22,6 +23,23 @@ PER_BATCH_HOOKS = ("on_train_batch_start", "on_train_batch_end")
 # These look at where training stands, not at each mini-batch; so does a callback with `content_with_stretches = True`.
 CONTENT_WITH_STRETCHES = (ModelCheckpoint, Timer)
 LONGEST_SECONDS = 1.0  # a bar that stands still for longer looks broken, and so does Ctrl-C
+
+
+class Ahead(Generic[T]):
+    """An iterator whose next item can be made ready before it is asked for."""
+
+    def __init__(self, items: Iterator[T]) -> None:
+        self._items, self._ready = items, list[T]()
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        return self._ready.pop() if self._ready else next(self._items)
+
+    def prepare(self) -> None:
+        if not self._ready:
+            self._ready.extend(islice(self._items, 1))
 
 
 class Stretch(Generic[T]):
@@ -54,6 +72,7 @@ class Pace:
         self.trainer = trainer
         self.loop = trainer.fit_loop.epoch_loop
         self.longest = 1 if _listens_to_each(trainer) else longest
+        self.prepare: Callable[[], None] = lambda: None  # makes the next step's rows ready
 
     @property
     def epoch(self) -> int:

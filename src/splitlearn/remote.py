@@ -30,7 +30,7 @@ from splitlearn.frame import (
 from splitlearn.layout import Party, Role
 from splitlearn.ledger import is_alice
 from splitlearn.sealing import Seal
-from splitlearn.wire import SERVER, Message, Wire
+from splitlearn.wire import SERVER, Message, Wire, elsewhere
 
 LARGEST_NOTE = 2**24  # bytes of JSON that one party may tell another
 MOST_KEYS = 16  # of an optimizer's state for a parameter
@@ -93,7 +93,7 @@ class RemoteWire(Wire):
             self.ledger.add(src, dst, kind, sent.nbytes)
         elif dst == self.party:
             return self._arrived(tensor, src, kind)
-        return torch.empty_like(tensor, device="meta", requires_grad=False)
+        return elsewhere(tuple(tensor.shape), tensor.dtype)
 
     def carry_all(self, tensors: Mapping[str, Tensor], src: Party, dst: Party, kind: str) -> dict[str, Tensor]:
         if src == self.party:

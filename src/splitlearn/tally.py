@@ -29,13 +29,13 @@ class EpochLoss:
         """The mean over the rows; NaN where nothing is known of it."""
         return math.fsum(self.sums.values()) / self.num_rows if self.sums else math.nan
 
-    def add(self, losses: Sequence[tuple[Party, Batch, Tensor]]) -> None:
+    def add(self, losses: Sequence[tuple[Party, Batch, Tensor | None]]) -> None:
         """Look at the losses of a stretch, all at once: on a GPU each look waits for it.
 
         Raises DivergedError for a loss that is not finite.
         """
         self.num_rows += sum(len(batch.ids) for _, batch, _ in losses)
-        held = [(alice, batch, loss) for alice, batch, loss in losses if loss.device.type != "meta"]
+        held = [(alice, batch, loss) for alice, batch, loss in losses if loss is not None]  # others hold the rest
         values = torch.stack([loss for *_, loss in held]).tolist() if held else []
         for (alice, batch, _), value in zip(held, values, strict=True):
             if not math.isfinite(value):

@@ -19,7 +19,7 @@ from splitlearn.star import Star
 
 FOREVER = timedelta(days=365)  # an Alice may wait long for her turn; that a party is lost shows in the streams
 SMALL = 2**18  # bytes of a payload that travels with its header
-AHEAD = 2  # frames of each party for which memory is posted
+AHEAD = 4  # frames of each party for which memory is posted: as many micro-batches may come in one go
 PATIENCE = 5.0  # seconds that the streams have to tell who is lost
 UNFINISHED, UNFINISHED_BYTES = 64, 2**27  # of messages that may be under way before their sender waits
 
@@ -80,10 +80,12 @@ class Gloo:
                 self.under_way -= len(memory)
 
     def receive_head(self, src: Party) -> bytes:
+        posted = self.posted[src]
         with _patience():
-            work, memory = self.posted[src].popleft()
+            while len(posted) < AHEAD:  # here, where there is time, and not behind the wait
+                posted.append(self._post(src, HEADER_BYTES + SMALL))
+            work, memory = posted.popleft()
             work.wait()
-            self.posted[src].append(self._post(src, HEADER_BYTES + SMALL))
         self.message = memory.numpy().data
         return bytes(self.message[:HEADER_BYTES])
 

@@ -7,8 +7,10 @@ holds is a meta tensor here: its shape is known, its content is not.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from splitlearn.layout import Party, Role
@@ -97,6 +99,12 @@ class Absent(Wire):
 
     def plays(self, party: Party) -> bool:
         return False
+
+
+@lru_cache(maxsize=1024)  # made anew with every mini-batch, it would cost more than a small layer
+def elsewhere(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the meta tensor that stands for one in another process."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _hear(tap: Tap, message: Message) -> Tensor:

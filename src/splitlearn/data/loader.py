@@ -12,7 +12,7 @@ from torch import Tensor
 from splitlearn.data.rows import Fields, Rows
 from splitlearn.layout import Party
 from splitlearn.network import Batch
-from splitlearn.pace import Pace, Stretch
+from splitlearn.pace import Ahead, Pace, Stretch
 from splitlearn.schedule import Schedule, Step
 from splitlearn.seeds import derive
 
@@ -56,7 +56,8 @@ class TurnLoader:
         return self._length
 
     def __iter__(self) -> Iterator[Stretch[Turns]]:
-        steps = self._turns(self.pace.trainer.current_epoch, self.pace.done)
+        steps = Ahead(self._turns(self.pace.trainer.current_epoch, self.pace.done))
+        self.pace.prepare = steps.prepare
         while length := self.pace.next_length():
             yield Stretch(steps, length)
 
