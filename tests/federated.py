@@ -46,6 +46,7 @@ def results_of(folder: Path) -> dict:
     kept = json.loads((folder / "results.json").read_text())
     for timed in (kept, *kept["epochs"]):
         del timed["seconds"]
+        timed.pop("party_seconds", None)
     kept.pop("parties", None)
     return kept
 

@@ -69,7 +69,7 @@ class Results(Callback):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.epochs: list[dict[str, float]] = []
+        self.epochs: list[dict[str, Any]] = []
         self.validated: dict[str, float] = {}
         self.test: dict[str, float] = {}
         self.others: list[Callback] = []

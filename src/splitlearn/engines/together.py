@@ -55,6 +55,10 @@ class Together(Callback):
     def on_test_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
         self._tell(learner, {})
 
+    def epoch_costs(self) -> dict[str, Any]:
+        """What results.json has of it for each epoch."""
+        return {"party_seconds": {party: account["seconds"] for party, account in self.parties.items()}}
+
     def run_costs(self) -> dict[str, Any]:
         """What results.json has of it at the top."""
         return {"parties": self.parties, **({"left_out": self.gone} if self.gone else {})}
