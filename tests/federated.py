@@ -11,9 +11,11 @@ import torch
 from helpers import make_rows, net
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils.data import TensorDataset
 
 from splitlearn.data import Source
+from splitlearn.engines.wiring import NcclWiring
 from splitlearn.train import train
 
 TINY = (
@@ -56,6 +58,20 @@ def weights_of(folder: Path, parties: Sequence[str] = ()) -> dict[str, Tensor]:
     folders = [folder / party for party in parties] or [folder]
     states = [torch.load(f / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for f in folders]
     return {name: value for state in states for name, value in state.items()}
+
+
+class BesideByGloo(NcclWiring):
+    """wire=nccl from CPU to CPU: what NCCL brings is brought by another group of gloo."""
+
+    direct = "cpu"
+
+    def gpu(self, party: str, device: torch.device) -> str:
+        return party
+
+    def _group(self, store: dist.Store, rank: int, size: int) -> dist.ProcessGroupGloo:
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        return dist.ProcessGroupGloo(store, rank, size, options)
 
 
 class Killer(Callback):

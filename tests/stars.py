@@ -128,7 +128,7 @@ def gloo_receiver(port: int, report: Connection) -> None:
     member = Member("alice0", "bob", f"127.0.0.1:{port}", None, LIMIT, 20, lambda lost, why: None)
     welcome = member.join({"party": "alice0"}, PATIENCE)
     wire = RemoteWire("alice0")
-    wire.connect(GlooWiring().transport(member, welcome), welcome["parties"], RUN)
+    wire.connect(GlooWiring().transport(member, welcome, wire.device), welcome["parties"], RUN)
     try:
         wire.carry(torch.empty(3, 4, device="meta"), "bob", "alice0", "gradient")
     except FrameError as error:

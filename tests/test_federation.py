@@ -135,6 +135,7 @@ def test_settings_out_of_range(settings, message):
         (["layout.cut=9"], r"`layout.cut` \(=9\) must lie between 1 and 3"),
         (["wire=grpc", "wire.tls=maybe"], r"`wire.tls` \(=maybe\)"),
         (["wire=grpc", "wire.certificates=nowhere"], "nowhere"),
+        (["wire=nccl", "trainer.accelerator=cpu"], r"`wire` \(=nccl\) goes from GPU to GPU, and .* computes on cpu"),
         (["layout=vertical", "num_alices=2", "layout.cut=1", "engine.on_failure=skip"], "every Alice owns columns"),
         (["engine.party=mallory", "engine.address=127.0.0.1:29431"], "`engine.party` .*mallory.* must be one of"),
         (["engine.party=alice0", "engine.address=127.0.0.1:29432", "engine.join_timeout=1"], "bob does not answer"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from splitlearn.frame import (
+    BESIDE,
     HEADER_BYTES,
     NOTHING,
     SEAL_BYTES,
@@ -119,6 +120,12 @@ def test_a_tensor_may_lie_as_it_likes(tensor):
     assert torch.equal(tensor_of(header_of(tensor), payload_of(tensor)), tensor)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_bytes_of_a_tensor_on_a_gpu_are_those_of_its_values():
+    tensor = torch.arange(12.0).reshape(3, 4).T
+    assert bytes(payload_of(tensor.cuda())) == bytes(payload_of(tensor))
+
+
 def test_a_tensor_lies_over_its_payload():
     payload = bytearray(24)
     tensor = tensor_of(HEADER, memoryview(payload))
@@ -150,6 +157,15 @@ def test_a_sealed_payload_is_longer():
         tensor_of(header, bytes(52))
 
 
+def test_a_payload_that_goes_beside_is_not_looked_at():
+    header = HEADER._replace(flags=BESIDE)
+    head = pack(header, b"")
+    assert unpack(head) == header
+    verify(head, b"")
+    with pytest.raises(FrameError, match="`CRC32`"):
+        verify(head[:40] + b"\1" + head[41:], b"")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -160,7 +176,7 @@ def test_a_sealed_payload_is_longer():
         ({"shape": (-2, -3)}, r"`shape` \(=\(-2, -3\)\) must be of no negative number"),
         ({"shape": (2, 4)}, r"`num_bytes` \(=24\) must be 32"),
         ({"num_bytes": 25}, r"`num_bytes` \(=25\) must be 24"),
-        ({"flags": 8}, r"`flags` \(=8\) must be a sum of some of 1, 2 and 4"),
+        ({"flags": 16}, r"`flags` \(=16\) must be a sum of some of 1, 2, 4 and 8"),
         ({"sender": 2**16}, "frame: sender, receiver, sequence"),
         ({"sequence": -1}, "frame: sender, receiver, sequence"),
         ({"number": (1, 2, 3)}, "frame: sender, receiver, sequence"),
@@ -186,7 +202,7 @@ def test_what_would_be_refused_is_not_packed(change, message):
         (52, b"\xff", r"`shape` \(=\(-\d+, 3\)\) must be of no negative number"),
         (115, b"\1", r"`unused dimensions` \(=1\) must be 0"),
         (51, b"\1", r"`unused dimensions` \(=1\) must be 0"),
-        (10, b"\0\x08", r"`flags` \(=8\) must be a sum of some of 1, 2 and 4"),
+        (10, b"\0\x10", r"`flags` \(=16\) must be a sum of some of 1, 2, 4 and 8"),
         (52, b"\x7f", r"`shape` \(=.*\) must be of fewer than 2\*\*63 bytes"),
         (59, b"\1", r"`num_bytes` \(=24\) must be 12"),
         (116, b"\1", r"`num_bytes` \(=\d+\) must be 24"),

@@ -1,6 +1,7 @@
 """One process per party trains to the same bits as the simulator, and sends the same bytes."""
 
 import pytest
+import torch
 from federated import run_tiny, weights_of
 from helpers import differences
 
@@ -46,8 +47,11 @@ MORE = {
 
 
 def check(asked, holders, wire, configure, tmp_path):
+    """`wire` is its name, or name and overrides."""
+    name, *more = [wire] if isinstance(wire, str) else wire
     simulated = run_tiny(configure, tmp_path / "simulated", "num_alices=3", *asked)
-    ours = run_tiny(configure, tmp_path / "processes", "num_alices=3", *asked, "engine=processes", f"wire={wire}")
+    engine = ["engine=processes", f"wire={name}", *more]
+    ours = run_tiny(configure, tmp_path / "processes", "num_alices=3", *asked, *engine)
     assert ours == simulated
     left = weights_of(tmp_path / "processes", holders)
     expected = {k: v for k, v in weights_of(tmp_path / "simulated").items() if k in left}
@@ -68,6 +72,29 @@ def test_every_scheme_and_layout_equals_the_simulator(asked, holders, configure,
 
 def test_so_they_do_over_grpc(configure, tmp_path):
     check(["layout=multi_hop"], ["bob", "carol", "alice2"], "grpc", configure, tmp_path)
+
+
+BESIDE = ["gloo", "wire._target_=federated.BesideByGloo"]
+
+
+def test_so_they_do_where_tensors_go_beside_their_headers(configure, tmp_path):
+    asked = ["schedule=splitfed_v1", "layout.cut=2", "micro_batches=2", "data.batch_size=8"]
+    check(asked, ["bob", "server"], BESIDE, configure, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("asked", "holders"), RUNS.values(), ids=RUNS)
+def test_every_kind_of_scheme_equals_the_simulator_with_tensors_beside(asked, holders, configure, tmp_path):
+    check(asked, holders, BESIDE, configure, tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("wire", ["gloo", "nccl"])
+def test_two_gpus_equal_the_simulator_on_one(wire, configure, tmp_path):
+    asked = ["layout.cut=2", "trainer.accelerator=gpu"]
+    simulated = run_tiny(configure, tmp_path / "simulated", *asked, "trainer.devices=1")
+    ours = run_tiny(configure, tmp_path / "processes", *asked, "engine=processes", f"wire={wire}")
+    assert ours == simulated
 
 
 @pytest.mark.slow

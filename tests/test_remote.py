@@ -13,12 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from federated import BesideByGloo
 from helpers import Recorder
 from stars import CONTEXT, PARTIES, PATIENCE, RUN, Ends, gloo_receiver, load
 from torch import Tensor
 
 from splitlearn.certificates import make_certificates
-from splitlearn.engines.wiring import GlooWiring, GrpcWiring
+from splitlearn.engines.wiring import GlooWiring, GrpcWiring, NcclWiring
 from splitlearn.errors import InputError
 from splitlearn.frame import (
     HEADER_BYTES,
@@ -34,12 +35,13 @@ from splitlearn.frame import (
 )
 from splitlearn.remote import RemoteWire
 from splitlearn.sealing import Seal, SealError
+from splitlearn.transports import Transport
 from splitlearn.wire import Wire
 
-WIRES = ("queues", "gloo", "grpc in the clear", "grpc")
+WIRES = ("queues", "gloo", "beside", "grpc in the clear", "grpc")
 
 
-class Queues:
+class Queues(Transport):
     """A transport inside one process. `tamper` makes the frames that arrive of one that was sent."""
 
     def __init__(self, party: str, boxes: dict[tuple[str, str], SimpleQueue]) -> None:
@@ -85,9 +87,9 @@ def connected(ends: Ends, folder: Path, wire: str) -> dict[str, RemoteWire]:
         return queued()
     secured = wire == "grpc"
     wires = {party: RemoteWire(party) for party in PARTIES}
-    wirings = {
-        party: GlooWiring() if wire == "gloo" else GrpcWiring(str(folder / party), tls=secured) for party in PARTIES
-    }
+    kinds = {"gloo": lambda party: GlooWiring(), "beside": lambda party: BesideByGloo()}
+    make = kinds.get(wire, lambda party: GrpcWiring(str(folder / party), tls=secured))
+    wirings = {party: make(party) for party in PARTIES}
     identities = {party: wiring.identity(party) for party, wiring in wirings.items()}
     shown = {party: own.certificate.decode() for party, own in identities.items() if own is not None}
     nonces = {party: wiring.nonce.hex() for party, wiring in wirings.items()}
@@ -97,7 +99,7 @@ def connected(ends: Ends, folder: Path, wire: str) -> dict[str, RemoteWire]:
     def connect(party: str) -> None:
         wiring, star = wirings[party], stars[party]
         seals = wiring.seals(star, welcome)
-        wires[party].connect(wiring.transport(star, welcome), star.parties, RUN, seals)
+        wires[party].connect(wiring.transport(star, welcome, wires[party].device), star.parties, RUN, seals)
 
     for one in [ends.pool.submit(connect, party) for party in PARTIES]:
         one.result(PATIENCE)
@@ -471,7 +473,7 @@ def test_a_message_that_is_longer_than_awaited_is_refused_and_aborts_nobody(ends
         welcome = {"party": "bob", "parties": parties, **wiring.offer(hub)}
         hub.welcome(welcome)
         sender = RemoteWire("bob")
-        sender.connect(wiring.transport(hub, welcome), parties, RUN)
+        sender.connect(wiring.transport(hub, welcome, sender.device), parties, RUN)
         sender.carry(drawn(*shape), "bob", "alice0", "gradient")
         assert ours.poll(PATIENCE)
         assert ours.recv() == why
@@ -510,6 +512,39 @@ def listening() -> set[tuple[str, str]]:
                 address, port = local.split(":")
                 found.add(("127.0.0.1" if address.endswith("0100007F") else address, port))
     return found
+
+
+# ---- Beside
+
+
+def test_a_tensor_beside_its_header_is_refused_where_none_may_come():
+    wires = queued()
+    wires["alice0"].transport.direct = "cpu"
+    wires["alice0"].transport.send_beside = lambda dst, head, tensor: wires["alice0"].transport.send(dst, head, b"")
+    wires["alice0"].carry(drawn(3), "alice0", "bob", "weights")
+    with pytest.raises(FrameError, match=r"`flags` \(=8\) of alice0 must not say that the tensor comes beside"):
+        wires["bob"].carry(torch.empty(3, device="meta"), "alice0", "bob", "weights")
+
+
+def test_weights_that_change_after_they_were_sent_beside_arrive_as_they_were(ends, folder):
+    weights, wires, behind = drawn(3), connected(ends, folder, "beside"), []
+    transport, send = wires["alice0"].transport, wires["alice0"].transport.send
+    transport.send = lambda dst, head, payload: behind.append(len(payload)) or send(dst, head, payload)
+
+    def program(wire: Wire) -> Tensor:
+        received = wire.carry(here(wire, "alice0", weights), "alice0", "alice1", "weights")
+        return weights.fill_(9) if wire.plays("alice0") else received
+
+    assert torch.equal(together(ends, wires, program)["alice1"], drawn(3))
+    assert behind == [0]
+
+
+def test_nccl_takes_a_gpu_for_each_party():
+    with pytest.raises(InputError, match=r"`wire` \(=nccl\) goes from GPU to GPU, and alice0 computes on cpu: set"):
+        NcclWiring().gpu("alice0", torch.device("cpu"))
+    NcclWiring().check_gpus({"bob": "A", "alice0": "B"})
+    with pytest.raises(InputError, match="takes a GPU for each party, and bob and alice1 are on the same, A: set"):
+        NcclWiring().check_gpus({"bob": "A", "alice0": "B", "alice1": "A"})
 
 
 # ---- Sealed

@@ -5,6 +5,7 @@
     52 shape, 8 numbers        116 payload's bytes  124 CRC32 of all before it and of the payload
 
 The header is big-endian, the payload as a little-endian machine keeps it. What bears a star is reserved, and zero.
+A payload that goes BESIDE, from GPU to GPU, is not looked at: the CRC is then of the header alone.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from splitlearn.ledger import KINDS
 HEADER_BYTES = 128
 MAGIC = b"SPLT"
 VERSION = 1
-WANTS_GRADIENT, NOTHING, SEALED = 1, 2, 4
+WANTS_GRADIENT, NOTHING, SEALED, BESIDE = 1, 2, 4, 8
 SEAL_BYTES = 28  # of nonce and tag
 
 RUN_BYTES = 16
 MOST_DIMENSIONS = 8
-FLAGS = WANTS_GRADIENT | NOTHING | SEALED
+FLAGS = WANTS_GRADIENT | NOTHING | SEALED | BESIDE
 FIELDS = struct.Struct(f">4sHHBBH{RUN_BYTES}sHHQIIBBBB{MOST_DIMENSIONS}qQ")  # all but the CRC
 DTYPES = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
@@ -57,7 +58,8 @@ class Header(NamedTuple):
         flags: the sum of some of
             WANTS_GRADIENT (an answer is awaited),
             NOTHING (there is no payload, whatever the shape),
-            SEALED (the payload is encrypted, hence SEAL_BYTES longer).
+            SEALED (the payload is encrypted, hence SEAL_BYTES longer),
+            BESIDE (the payload goes another way than the header).
     """
 
     run: bytes
@@ -87,8 +89,14 @@ class Expected(NamedTuple):
 
 
 def payload_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor of any shape: its own memory, or a copy where that is strided or on a device."""
-    whole = tensor.detach().cpu().contiguous().resolve_neg()
+    """Return the bytes of a tensor of any shape: its own memory, or a copy where that is strided or on a device.
+
+    A GPU copies into pinned memory, to which it is fastest.
+    """
+    here = tensor.detach()
+    if here.is_cuda:
+        here = torch.empty(here.shape, dtype=here.dtype, pin_memory=True).copy_(here)
+    whole = here.cpu().contiguous().resolve_neg()
     flat = whole.as_strided((whole.numel(),), (1,))  # one value alone is contiguous with any stride
     return flat.view(torch.uint8).numpy().data
 
@@ -109,9 +117,11 @@ def tensor_of(header: Header, payload: Bytes) -> Tensor:
 def pack(header: Header, payload: Bytes) -> bytes:
     """Return the 128 bytes that go before the payload.
 
-    Raises FrameError for a header that `unpack` would refuse, and where `num_bytes` is not the payload's length.
+    Raises FrameError for a header that `unpack` would refuse, and where `num_bytes` is not the payload's length. Of a
+    payload that goes beside, `payload` is empty.
     """
-    _expect("num_bytes", header.num_bytes, memoryview(payload).nbytes)
+    if not header.flags & BESIDE:
+        _expect("num_bytes", header.num_bytes, memoryview(payload).nbytes)
     _expect("run's bytes", len(header.run), RUN_BYTES)
     kind, dtype = _code("kind", header.kind, KIND_CODES), _code("dtype", header.dtype, DTYPE_CODES)
     ndim = len(header.shape)
@@ -187,7 +197,7 @@ def _check_dimensions(ndim: int, shape: tuple[int, ...]) -> None:
 
 def _check_size(header: Header) -> None:
     if header.flags & ~FLAGS:
-        raise _refusal("flags", header.flags, f"a sum of some of {WANTS_GRADIENT}, {NOTHING} and {SEALED}")
+        raise _refusal("flags", header.flags, f"a sum of some of {WANTS_GRADIENT}, {NOTHING}, {SEALED} and {BESIDE}")
     width = header.dtype.itemsize
     if prod(size or 1 for size in header.shape) * width >= 2**63:  # torch multiplies beyond a 0 for the strides
         raise _refusal("shape", header.shape, "of fewer than 2**63 bytes")

@@ -6,12 +6,13 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from splitlearn.frame import (
+    BESIDE,
     HEADER_BYTES,
     NOTHING,
     SEAL_BYTES,
@@ -30,6 +31,7 @@ from splitlearn.frame import (
 from splitlearn.layout import Party, Role
 from splitlearn.ledger import is_alice
 from splitlearn.sealing import Seal
+from splitlearn.transports import Transport
 from splitlearn.wire import SERVER, Message, Wire, elsewhere
 
 LARGEST_NOTE = 2**24  # bytes of JSON that one party may tell another
@@ -37,22 +39,6 @@ MOST_KEYS = 16  # of an optimizer's state for a parameter
 AHEAD = 2**26  # bytes that a sender may be ahead of an answer
 WIDEST = 8  # bytes of an element, whatever the precision
 IN_STEP = ("activation", "gradient", "label")  # belong to the mini-batch at hand; weights may be under way for longer
-
-
-class Transport(Protocol):
-    """Brings frames from party to party, in the order in which they were sent."""
-
-    def send(self, dst: Party, head: bytes, payload: memoryview | bytes) -> None:
-        """Does not wait until `dst` has taken it."""
-        ...
-
-    def receive_head(self, src: Party) -> bytes:
-        """Wait for the next frame of `src`; return its header."""
-        ...
-
-    def receive_payload(self, src: Party, num_bytes: int) -> bytearray | memoryview | bytes:
-        """Return the payload that belongs to the last header."""
-        ...
 
 
 class RemoteWire(Wire):
@@ -160,20 +146,26 @@ class RemoteWire(Wire):
     def _send(self, tensor: Tensor, dst: Party, kind: str, flags: int = 0) -> None:
         began = time.perf_counter()
         self.sent[dst] += 1
-        payload: memoryview | bytes = payload_of(tensor)
+        beside = tensor.device.type == self.transport.direct and tensor.numel() > 0
+        payload: memoryview | bytes = b"" if beside else payload_of(tensor)
         me, number = self.places[self.party], self._number if kind in IN_STEP else (0, 0)
         shape = tuple(tensor.shape)
+        flags |= BESIDE if beside else 0
         header = Header(
-            *(self.run, kind, me, self.places[dst], self.sent[dst], tensor.dtype, shape, len(payload), number, flags)
+            *(self.run, kind, me, self.places[dst], self.sent[dst], tensor.dtype, shape, tensor.nbytes, number, flags)
         )
         if dst in self.seals:
             payload = self.seals[dst].seal(payload, _unsealed(header))
             header = header._replace(num_bytes=len(payload), flags=flags | SEALED)
             self.overhead["seals"] += SEAL_BYTES
         self.overhead["headers"] += HEADER_BYTES
-        self.transport.send(dst, pack(header, payload), payload)
+        head = pack(header, payload)
+        if beside:
+            self.transport.send_beside(dst, head, tensor)
+        else:
+            self.transport.send(dst, head, payload)
         self.seconds["wire"] += time.perf_counter() - began
-        self._keep_pace(self.party, dst, len(payload))
+        self._keep_pace(self.party, dst, header.num_bytes)
 
     def _receive(
         self, src: Party, kind: str, limit: int, shape: tuple[int, ...] | None, dtype: torch.dtype | None
@@ -187,16 +179,30 @@ class RemoteWire(Wire):
         number = self._number if kind in IN_STEP else None
         who = self.places[src], self.places[self.party], self.received[src]
         check(header, Expected(self.run, *who, kind, limit, shape, dtype, number))
+        tensor = self._beside(src, head, header) if header.flags & BESIDE else self._behind(src, head, header)
+        self.seconds["waiting"] += arrived - began
+        self.seconds["wire"] += time.perf_counter() - arrived
+        self._keep_pace(src, self.party, header.num_bytes)
+        return header.flags, tensor
+
+    def _behind(self, src: Party, head: bytes, header: Header) -> Tensor:
+        """What comes behind its header."""
         payload = self.transport.receive_payload(src, header.num_bytes)
         verify(head, payload)
         if bool(header.flags & SEALED) != (src in self.seals):
             raise FrameError(f"frame: what {src} sends must {'be' if src in self.seals else 'not be'} sealed")
         if src in self.seals:
             payload = self.seals[src].open(payload, _unsealed(header))
-        self.seconds["waiting"] += arrived - began
-        self.seconds["wire"] += time.perf_counter() - arrived
-        self._keep_pace(src, self.party, header.num_bytes)
-        return header.flags, tensor_of(header._replace(num_bytes=len(payload)), payload)
+        return tensor_of(header._replace(num_bytes=len(payload)), payload)
+
+    def _beside(self, src: Party, head: bytes, header: Header) -> Tensor:
+        """What comes beside its header, from device to device."""
+        verify(head, b"")
+        if self.device.type != self.transport.direct or header.flags & ~(BESIDE | WANTS_GRADIENT):
+            raise FrameError(f"frame: `flags` (={header.flags}) of {src} must not say that the tensor comes beside")
+        tensor = torch.empty(header.shape, dtype=header.dtype, device=self.device)
+        self.transport.receive_beside(src, tensor)
+        return tensor
 
 
 def _unsealed(header: Header) -> bytes:

@@ -83,6 +83,7 @@ class Federation:
         self.learner, self.data, parties = learner, data, parties_of(learner)
         folder = Path(output_dir)
         self._check(parties, trainer)
+        self.wire.device = trainer.strategy.root_device
         self.identity = self.wiring.identity(self.attempt.party) if len(parties) > 1 else None
         own = folder / "snapshots"
         folders = [own, Path(ckpt) / self.attempt.party / "snapshots"] if ckpt else [own]
@@ -90,8 +91,7 @@ class Federation:
         run, step, gone = welcome["run"], welcome["step"], tuple(welcome["gone"])
         self.post({"run": run, "step": step})
         self._say(f"all have come; goes on from mini-batch {step}" if step else "all have come")
-        transport = self.wiring.transport(star, welcome)
-        self.wire.device = trainer.strategy.root_device
+        transport = self.wiring.transport(star, welcome, self.wire.device)
         self.wire.connect(transport, star.parties, bytes.fromhex(run), self.wiring.seals(star, welcome))
         saves = Snapshots(own, self.save_every_n_steps, run)
         trainer.callbacks[:0] = [Together(self.wire, gone)]  # type: ignore[attr-defined]
@@ -139,6 +139,7 @@ class Federation:
             "snapshots": steps_in(folders),
             "common": common_in(folders),
             "nonce": self.wiring.nonce.hex(),
+            "gpu": self.wiring.gpu(self.attempt.party, self.wire.device),
             "certificate": None if self.identity is None else self.identity.certificate.decode(),
         }
 
@@ -156,6 +157,7 @@ class Federation:
         listener.say = self._say
         greetings = listener.gather(present, lambda other: check_greeting(greeting, other, party), self.join_timeout)
         greetings[party] = greeting
+        self.wiring.check_gpus({name: each["gpu"] for name, each in greetings.items()})
         run, step = agree(greetings, self.attempt.run)
         welcome = {
             "party": party,

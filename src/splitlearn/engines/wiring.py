@@ -5,21 +5,21 @@ from __future__ import annotations
 import ipaddress
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import distributed as dist
 
 from splitlearn.certificates import Identity
 from splitlearn.errors import InputError
 from splitlearn.hub import Hub
 from splitlearn.layout import Party
-from splitlearn.remote import Transport
 from splitlearn.sealing import Seal
 from splitlearn.star import Member, Star
-from splitlearn.transports import Gloo, Streams
+from splitlearn.transports import FOREVER, Gloo, Nccl, Streams, Transport
 
 LARGEST_MESSAGE = 2**31 - 2**20
 
@@ -48,7 +48,15 @@ class Wiring:
         """What the hub tells all in its welcome."""
         return {}
 
-    def transport(self, star: Star, welcome: Mapping[str, Any]) -> Transport:
+    def gpu(self, party: Party, device: torch.device) -> str | None:
+        """Which GPU `party` computes on, where the others must know. Raises InputError where it must be one."""
+        return None
+
+    def check_gpus(self, gpus: Mapping[Party, str | None]) -> None:
+        """Raises InputError for two parties on one GPU that must not be."""
+
+    def transport(self, star: Star, welcome: Mapping[str, Any], device: torch.device) -> Transport:
+        """What brings frames to and from `device`."""
         return Streams(star)
 
     def seals(self, star: Star, welcome: Mapping[str, Any]) -> dict[Party, Seal]:
@@ -86,13 +94,49 @@ class GlooWiring(Wiring):
         )
         return {"store": self.store.port}
 
-    def transport(self, star: Star, welcome: Mapping[str, Any]) -> Transport:
+    def transport(self, star: Star, welcome: Mapping[str, Any], device: torch.device) -> Transport:
+        return Gloo(*self._meeting(star, welcome), pinned=device.type == "cuda")
+
+    def _meeting(self, star: Star, welcome: Mapping[str, Any]) -> tuple[Party, Sequence[Party], dist.Store, str]:
         if isinstance(star, Hub):
-            return Gloo(star.party, star.parties, self.store, star.host)
+            return star.party, star.parties, self.store, star.host
         assert isinstance(star, Member)
         host = star.address.rpartition(":")[0]
         store = dist.TCPStore(host, welcome["store"], is_master=False, timeout=timedelta(seconds=60))
-        return Gloo(star.party, star.parties, store, star.local_host)
+        return star.party, star.parties, store, star.local_host
+
+
+class NcclWiring(GlooWiring):
+    """NCCL from GPU to GPU, where every party has one of its own; the rest by gloo. For a network that one trusts."""
+
+    direct = "cuda"
+
+    def gpu(self, party: Party, device: torch.device) -> str | None:
+        if device.type != self.direct:
+            raise InputError(
+                f"`wire` (=nccl) goes from GPU to GPU, and {party} computes on {device.type}: set "
+                "`trainer.accelerator=gpu`, or take wire=gloo"
+            )
+        return str(torch.cuda.get_device_properties(device).uuid)
+
+    def check_gpus(self, gpus: Mapping[Party, str | None]) -> None:
+        for party, gpu in gpus.items():
+            other = next(first for first in gpus if gpus[first] == gpu)
+            if other != party:
+                raise InputError(
+                    f"`wire` (=nccl) takes a GPU for each party, and {other} and {party} are on the same, {gpu}: set "
+                    "`trainer.devices`, or take wire=gloo"
+                )
+
+    def transport(self, star: Star, welcome: Mapping[str, Any], device: torch.device) -> Transport:
+        party, parties, store, host = self._meeting(star, welcome)
+        group = self._group(dist.PrefixStore("beside", store), parties.index(party), len(parties))
+        return Nccl(party, parties, store, host, group=group, direct=self.direct)
+
+    def _group(self, store: dist.Store, rank: int, size: int) -> Any:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = FOREVER  # what an Alice sends may wait until it is her turn
+        return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
 class GrpcWiring(Wiring):
