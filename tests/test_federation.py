@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 from federated import TINY, results_of, run_tiny
 
-from splitlearn.engines.federation import agree, check_greeting, parties_of
+from splitlearn.engines.federation import parties_of
+from splitlearn.engines.greetings import agree, check_greeting, warn_of_threads
 from splitlearn.engines.processes import Processes
 from splitlearn.engines.snapshots import newest_common, steps_in
 from splitlearn.errors import InputError
@@ -74,6 +75,14 @@ def test_a_difference_is_named(change, message):
     check_greeting(greeting(), greeting(party="alice0"), "bob")
     with pytest.raises(InputError, match=message):
         check_greeting(greeting(), greeting(party="alice0", **change), "bob")
+
+
+def test_other_numbers_of_threads_are_warned_of(recwarn):
+    greetings = {"bob": greeting(threads=2), "alice0": greeting(threads=2)}
+    warn_of_threads(greetings)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"threads differ \(bob 2, alice0 2, alice1 4\)"):
+        warn_of_threads({**greetings, "alice1": greeting(threads=4)})
 
 
 def test_a_new_run_begins_at_its_start_whatever_lies_about():

@@ -12,7 +12,7 @@ from helpers import differences
 from splitlearn.build import build
 from splitlearn.data import SplitData
 from splitlearn.data.own import own_table
-from splitlearn.engines.federation import check_greeting
+from splitlearn.engines.greetings import check_greeting
 from splitlearn.errors import InputError
 from splitlearn.federate import shared_by_all
 from splitlearn.layout import multi_hop, two_party, vertical, whole

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +14,8 @@ import pytorch_lightning as pl
 import torch
 
 from splitlearn.data import SplitData
-from splitlearn.engines.snapshots import Snapshots, common_in, newest_common, path_of, steps_in
+from splitlearn.engines.greetings import agree, check_greeting, warn_of_threads
+from splitlearn.engines.snapshots import Snapshots, common_in, path_of, steps_in
 from splitlearn.engines.together import Together
 from splitlearn.engines.wiring import Wiring
 from splitlearn.errors import InputError
@@ -31,7 +31,6 @@ from splitlearn.wire import SERVER
 
 LOST, FAILED, ORPHANED = 3, 1, 4  # exit codes
 GOODBYE = 0.3  # seconds until what was said last has left
-COMPARED = ("version", "torch", "layout", "model", "num_alices", "schedule", "data")
 
 
 class Attempt(NamedTuple):
@@ -139,6 +138,7 @@ class Federation:
             "snapshots": steps_in(folders),
             "common": common_in(folders),
             "nonce": self.wiring.nonce.hex(),
+            "threads": torch.get_num_threads(),
             "gpu": self.wiring.gpu(self.attempt.party, self.wire.device),
             "certificate": None if self.identity is None else self.identity.certificate.decode(),
         }
@@ -158,6 +158,7 @@ class Federation:
         greetings = listener.gather(present, lambda other: check_greeting(greeting, other, party), self.join_timeout)
         greetings[party] = greeting
         self.wiring.check_gpus({name: each["gpu"] for name, each in greetings.items()})
+        warn_of_threads(greetings)
         run, step = agree(greetings, self.attempt.run)
         welcome = {
             "party": party,
@@ -205,40 +206,3 @@ def parties_of(learner: SplitLearner) -> list[Party]:
     everybody = [*others, *server, *takers]
     first = "bob" if "bob" in others else next((p for p in everybody if not is_alice(p)), everybody[0])
     return [first, *(party for party in everybody if party != first)]
-
-
-def check_greeting(ours: Greeting, theirs: Greeting, hub: Party) -> None:
-    """Raises InputError that names the first difference."""
-    party = theirs["party"]
-    for key in (*COMPARED, "resumes"):
-        if ours[key] != theirs.get(key):
-            raise InputError(f"`{key}` is {ours[key]} at {hub} and {theirs.get(key)} at {party}: they must be the same")
-    for key in sorted({*ours["config"], *theirs["config"]}):
-        mine, others = ours["config"].get(key), theirs["config"].get(key)
-        if mine != others:
-            raise InputError(f"`{key}` is {mine} at {hub} and {others} at {party}: all must be started with the same")
-
-
-def agree(greetings: Mapping[Party, Greeting], known: str | None) -> tuple[str, int]:
-    """Return the run that all belong to, and the step that they go on from, 0 for its start.
-
-    Raises InputError where somebody lacks what the others go on from.
-    """
-    runs = {greeting["run"] for greeting in greetings.values() if greeting["run"]} | ({known} - {None})
-    offers = [
-        {run: steps for run, steps in greeting["snapshots"].items() if not runs or run in runs}
-        for greeting in greetings.values()
-    ]
-    resumes = any(greeting["resumes"] for greeting in greetings.values())
-    if not runs and not resumes:
-        return uuid.uuid4().hex, 0
-    found = newest_common(offers)
-    if found is not None:
-        return found
-    lacking = [party for party, offer in zip(greetings, offers, strict=True) if not offer]
-    if resumes or any(run in greeting["common"] for greeting in greetings.values() for run in runs):
-        raise InputError(
-            f"there is no step of which all have a snapshot ({', '.join(lacking) or 'nobody'} has none of this run): "
-            "start each with the folder of the run, by `ckpt=FOLDER` or the `hydra.run.dir` that it had"
-        )
-    return str(next(iter(runs))), 0
