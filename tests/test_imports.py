@@ -20,7 +20,7 @@ LAYERS = [
     *("drawing", "picture", "accuracy", "watch", "callbacks", "judging"),
     *("star", "hub", "transports", "remote"),
     *("engines", "engines.simulated", "engines.snapshots", "engines.together", "engines.wiring"),
-    *("engines.federation", "engines.processes"),
+    *("engines.greetings", "engines.federation", "engines.processes"),
     *("build", "report", "sweep", "federate", "train", "advise"),
 ]
 LIGHTNING = (
