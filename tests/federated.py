@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import warnings
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -15,7 +17,7 @@ from torch import distributed as dist
 from torch.utils.data import TensorDataset
 
 from splitlearn.data import Source
-from splitlearn.engines.wiring import NcclWiring
+from splitlearn.engines.wiring import GlooWiring, NcclWiring
 from splitlearn.train import train
 
 TINY = (
@@ -60,6 +62,33 @@ def weights_of(folder: Path, parties: Sequence[str] = ()) -> dict[str, Tensor]:
     return {name: value for state in states for name, value in state.items()}
 
 
+class LikeNccl:
+    """A group of gloo in which two ranks meet by the first that one sends, and wait for each other, as in NCCL."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        self.group = dist.ProcessGroupGloo(store, rank, size, options)
+        self.store, self.met = store, set[int]()
+
+    def rank(self) -> int:
+        return self.group.rank()
+
+    def send(self, tensors: list[Tensor], other: int, tag: int) -> dist.Work:
+        self._meet(other)
+        return self.group.send(tensors, other, tag)
+
+    def recv(self, tensors: list[Tensor], other: int, tag: int) -> dist.Work:
+        self._meet(other)
+        return self.group.recv(tensors, other, tag)
+
+    def _meet(self, other: int) -> None:
+        if other not in self.met:
+            self.store.set(f"{self.rank()} to {other}", "here")
+            self.store.wait([f"{other} to {self.rank()}"], timedelta(seconds=10))
+            self.met.add(other)
+
+
 class BesideByGloo(NcclWiring):
     """wire=nccl from CPU to CPU: what NCCL brings is brought by another group of gloo."""
 
@@ -68,10 +97,23 @@ class BesideByGloo(NcclWiring):
     def gpu(self, party: str, device: torch.device) -> str:
         return party
 
-    def _group(self, store: dist.Store, rank: int, size: int) -> dist.ProcessGroupGloo:
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-        return dist.ProcessGroupGloo(store, rank, size, options)
+    def _group(self, store: dist.Store, rank: int, size: int) -> LikeNccl:
+        return LikeNccl(store, rank, size)
+
+
+class OneGpu(BesideByGloo):
+    """All parties compute on the same."""
+
+    def gpu(self, party: str, device: torch.device) -> str:
+        return "GPU-7"
+
+
+class MoreThreads(GlooWiring):
+    """Alice computes with a thread more than Bob, and where that is warned of, the run ends."""
+
+    def identity(self, party: str) -> None:
+        torch.set_num_threads(2 if party == "alice0" else 1)
+        warnings.filterwarnings("error", "threads differ")
 
 
 class Killer(Callback):

@@ -2,6 +2,7 @@
 
 import json
 import time
+from itertools import product
 from random import Random
 
 import pytest
@@ -20,6 +21,10 @@ def test_stop_says_who_when_and_how_to_go_on(configure, tmp_path):
     whole = run_tiny(configure, tmp_path / "whole", "num_alices=3")
     resumed = run_tiny(configure, tmp_path / "resumed", *asked, f"ckpt={tmp_path}/run")
     assert resumed == whole
+    spent = [e["party_seconds"] for e in json.loads((tmp_path / "resumed" / "results.json").read_text())["epochs"]]
+    assert [list(each) for each in spent] == [["bob", "alice0", "alice1", "alice2"]] * 2
+    for party, what in product(spent[0], ["computing", "waiting", "wire"]):
+        assert 0 < spent[0][party][what] <= spent[1][party][what]  # over the resume, too
     assert differences(weights_of(tmp_path / "resumed", ["bob", "alice2"]), weights_of(tmp_path / "whole")) == []
 
 

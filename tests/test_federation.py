@@ -16,10 +16,10 @@ from federated import TINY, results_of, run_tiny
 
 from splitlearn.engines.federation import parties_of
 from splitlearn.engines.greetings import agree, check_greeting, warn_of_threads
-from splitlearn.engines.processes import Processes
+from splitlearn.engines.processes import PartyLostError, Processes
 from splitlearn.engines.snapshots import newest_common, steps_in
 from splitlearn.errors import InputError
-from splitlearn.federate import shared_by_all
+from splitlearn.federate import _take_gpu, shared_by_all
 from splitlearn.layout import multi_hop, two_party, u_shaped, vertical, whole
 from splitlearn.means import Average, MeanGradient
 from splitlearn.schedule import Schedule
@@ -34,7 +34,8 @@ RUN, OTHER = "0" * 32, "1" * 32
 def greeting(**changes):
     same = {"version": "1", "torch": "2", "layout": "L", "model": "M", "num_alices": "2", "schedule": "S"}
     own = {"party": "bob", "data": "100 rows", "config": {"optimizer.lr": 0.1}, "run": None, "resumes": False}
-    return {**same, **own, "snapshots": {}, "common": [], **changes}
+    told = {"snapshots": {}, "common": [], "nonce": "", "threads": 1, "certificate": None, "gpu": None}
+    return {**same, **own, **told, **changes}
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,8 @@ def test_the_parties_of_a_run_the_hub_first(layout, num_alices, sharings, partie
         ({"config": {"optimizer.lr": 0.2}}, "`optimizer.lr` is 0.1 at bob and 0.2 at alice0"),
         ({"config": {"optimizer.lr": 0.1, "seed": 1}}, "`seed` is None at bob and 1 at alice0"),
         ({"resumes": True}, "`resumes` is False at bob and True at alice0"),
+        ({"threads": [1]}, r"`threads` of alice0 is \[1\], which is no greeting"),
+        ({"snapshots": None}, "`snapshots` of alice0 is None, which is no greeting"),
     ],
 )
 def test_a_difference_is_named(change, message):
@@ -83,6 +86,11 @@ def test_other_numbers_of_threads_are_warned_of(recwarn):
     assert not recwarn.list
     with pytest.warns(UserWarning, match=r"threads differ \(bob 2, alice0 2, alice1 4\)"):
         warn_of_threads({**greetings, "alice1": greeting(threads=4)})
+
+
+def test_so_they_are_in_a_run(configure, tmp_path):
+    with pytest.raises((InputError, PartyLostError), match=r"threads differ \(alice0 2, bob 1\)"):
+        run_tiny(configure, tmp_path, "engine=processes", "wire._target_=federated.MoreThreads")
 
 
 def test_a_new_run_begins_at_its_start_whatever_lies_about():
@@ -144,6 +152,7 @@ def test_settings_out_of_range(settings, message):
         (["layout.cut=9"], r"`layout.cut` \(=9\) must lie between 1 and 3"),
         (["wire=grpc", "wire.tls=maybe"], r"`wire.tls` \(=maybe\)"),
         (["wire=grpc", "wire.certificates=nowhere"], "nowhere"),
+        (["wire._target_=federated.OneGpu"], "takes a GPU for each party, and alice0 and bob are on the same, GPU-7"),
         (["wire=nccl", "trainer.accelerator=cpu"], r"`wire` \(=nccl\) goes from GPU to GPU, and .* computes on cpu"),
         (["layout=vertical", "num_alices=2", "layout.cut=1", "engine.on_failure=skip"], "every Alice owns columns"),
         (["engine.party=mallory", "engine.address=127.0.0.1:29431"], "`engine.party` .*mallory.* must be one of"),
@@ -178,6 +187,18 @@ def test_early_stopping_stops_all_at_one_epoch(configure, tmp_path):
     whole = run_tiny(configure, tmp_path / "whole", *asked)
     assert len(whole["epochs"]) < 30
     assert run_tiny(configure, tmp_path / "run", *asked, "engine=processes") == whole
+
+
+def test_parties_that_are_started_together_take_the_gpus_of_the_host_in_turn(configure, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+
+    def devices(place: int, *asked: str) -> object:
+        _take_gpu(cfg := configure(*TINY, *asked), place)
+        return cfg.trainer.devices
+
+    assert [devices(place, "trainer.accelerator=auto") for place in range(3)] == [[0], [1], [0]]
+    assert devices(1, "trainer.accelerator=cpu") == configure(*TINY).trainer.devices
 
 
 @pytest.mark.slow

@@ -226,6 +226,12 @@ def test_what_was_made_ready_comes_next():
     assert list(items) == []
 
 
+def test_nothing_of_an_epoch_is_kept_behind_it(tmp_path):
+    """A reader that is kept would keep the workers of its DataLoader alive."""
+    _, trainer, _ = train_split(tmp_path, 50)
+    assert trainer.lightning_module.pace.ahead is None
+
+
 class WithoutBob(Wire):
     """The wire of Alice's process, to which every gradient comes as zeros. Notes what happens in which order."""
 
@@ -243,11 +249,15 @@ class WithoutBob(Wire):
         return torch.zeros(tensor.shape) if src == "bob" else elsewhere(tuple(tensor.shape), tensor.dtype)
 
 
-def test_who_waits_reads_the_next_rows_meanwhile(tmp_path):
+@pytest.mark.parametrize(
+    ("limit", "steps"),
+    [({"max_epochs": 1}, 10), ({"max_steps": 4}, 4), ({"limit_train_batches": 3, "max_epochs": 1}, 3)],
+)
+def test_who_waits_reads_the_next_rows_meanwhile_and_none_that_are_not_trained_on(tmp_path, limit, steps):
     data, wire = make_data(), WithoutBob()
     data.augment = lambda x, generator: wire.events.append("rows") or x
     network = SplitNetwork(net(), TWO_PARTY, wire, data.sample(), SEED)
     learner = SplitLearner(network, Schedule(["alice0"]), SGD, torch.nn.CrossEntropyLoss(), 3)
-    make_trainer(tmp_path, max_epochs=1).fit(learner, datamodule=data)
+    make_trainer(tmp_path, **limit).fit(learner, datamodule=data)
     step = ["activation", "rows", "gradient"]
-    assert wire.events == ["rows", *step * 9, "activation", "gradient"]
+    assert wire.events == ["rows", *step * (steps - 1), "activation", "gradient"]

@@ -22,6 +22,7 @@ from splitlearn.certificates import make_certificates
 from splitlearn.engines.wiring import GlooWiring, GrpcWiring, NcclWiring
 from splitlearn.errors import InputError
 from splitlearn.frame import (
+    BESIDE,
     HEADER_BYTES,
     NOTHING,
     SEAL_BYTES,
@@ -526,6 +527,33 @@ def test_a_tensor_beside_its_header_is_refused_where_none_may_come():
         wires["bob"].carry(torch.empty(3, device="meta"), "alice0", "bob", "weights")
 
 
+@pytest.mark.parametrize("flags", [BESIDE | NOTHING, BESIDE | SEALED, BESIDE | WANTS_GRADIENT | NOTHING])
+def test_what_comes_beside_is_neither_nothing_nor_sealed(flags):
+    wires = queued()
+    wires["bob"].device = torch.device("cpu")
+    wires["bob"].transport.direct = "cpu"
+    num_bytes = 0 if flags & NOTHING else 12 + SEAL_BYTES
+    header = Header(RUN, "weights", 1, 0, 1, torch.float32, (3,), num_bytes, flags=flags)
+    wires["alice0"].transport.send("bob", pack(header, b""), b"")
+    with pytest.raises(FrameError, match=rf"`flags` \(={flags}\) of alice0"):
+        wires["bob"].carry(torch.empty(3, device="meta"), "alice0", "bob", "weights")
+
+
+def test_a_header_that_changed_on_the_way_is_refused_though_its_tensor_comes_beside():
+    wires = queued()
+    wires["bob"].transport.direct = "cpu"
+    head = bytearray(pack(Header(RUN, "weights", 1, 0, 1, torch.float32, (3,), 12, flags=BESIDE), b""))
+    head[40] ^= 1  # the epoch, which weights are not asked for
+    wires["alice0"].transport.send("bob", bytes(head), b"")
+    with pytest.raises(FrameError, match="`CRC32`"):
+        wires["bob"].carry(torch.empty(3, device="meta"), "alice0", "bob", "weights")
+
+
+def test_all_meet_at_the_start_since_nccl_waits_for_both_ends_of_the_first_send(ends, folder):
+    met = {party: wire.transport.beside.met for party, wire in connected(ends, folder, "beside").items()}
+    assert met == {"bob": {1, 2}, "alice0": {0, 2}, "alice1": {0, 1}}
+
+
 def test_weights_that_change_after_they_were_sent_beside_arrive_as_they_were(ends, folder):
     weights, wires, behind = drawn(3), connected(ends, folder, "beside"), []
     transport, send = wires["alice0"].transport, wires["alice0"].transport.send
@@ -543,7 +571,7 @@ def test_nccl_takes_a_gpu_for_each_party():
     with pytest.raises(InputError, match=r"`wire` \(=nccl\) goes from GPU to GPU, and alice0 computes on cpu: set"):
         NcclWiring().gpu("alice0", torch.device("cpu"))
     NcclWiring().check_gpus({"bob": "A", "alice0": "B"})
-    with pytest.raises(InputError, match="takes a GPU for each party, and bob and alice1 are on the same, A: set"):
+    with pytest.raises(InputError, match="takes a GPU for each party, and bob and alice1 are on the same, A: start"):
         NcclWiring().check_gpus({"bob": "A", "alice0": "B", "alice1": "A"})
 
 

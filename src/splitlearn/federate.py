@@ -139,8 +139,9 @@ def _check(cfg: DictConfig, engine: Processes) -> None:
 
 def _as_rank(cfg: DictConfig, engine: Processes) -> Processes:
     """Under torchrun each rank plays a party. Lightning must not know of it: all ranks but the first log nothing."""
-    rank, size = (int(os.environ.pop(name)) for name in ("RANK", "WORLD_SIZE"))
-    for name in ("LOCAL_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+    rank, size, place = (int(os.environ.pop(name)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    _take_gpu(cfg, place)
+    for name in ("GROUP_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
         os.environ.pop(name, None)
     parties = _plan(cfg)
     if size != len(parties):
@@ -170,13 +171,18 @@ def _play_of(cfg: DictConfig, engine: Processes, party: Party, parties: list[Par
     if len(parties) > 1:
         if cfg.wire.get("certificates") is not None:
             own.wire.certificates = f"{cfg.wire.certificates}/{party}"
-        if torch.cuda.is_available() and cfg.trainer.accelerator in ("auto", "gpu", "cuda"):
-            own.trainer.devices = [parties.index(party) % torch.cuda.device_count()]
+        _take_gpu(own, parties.index(party))
         own.trainer.enable_progress_bar = bool(cfg.trainer.enable_progress_bar) and party == parties[0]
     for name in [name for name, callback in own.callbacks.items() if callback["_target_"] in NOT_HERE]:
         own.callbacks.pop(name)
     OmegaConf.resolve(own)
     return partial(play, OmegaConf.to_yaml(own), engine)
+
+
+def _take_gpu(cfg: DictConfig, place: int) -> None:
+    """Those who are started together on a host take its GPUs in turn."""
+    if torch.cuda.is_available() and cfg.trainer.accelerator in ("auto", "gpu", "cuda"):
+        cfg.trainer.devices = [place % torch.cuda.device_count()]
 
 
 def _write_results(output_dir: Path, parties: list[Party], **more: Any) -> dict[str, Any]:

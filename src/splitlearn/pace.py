@@ -10,7 +10,7 @@ checkpoint, limit, after a second, and after every mini-batch when a callback li
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -72,7 +72,7 @@ class Pace:
         self.trainer = trainer
         self.loop = trainer.fit_loop.epoch_loop
         self.longest = 1 if _listens_to_each(trainer) else longest
-        self.prepare: Callable[[], None] = lambda: None  # makes the next step's rows ready
+        self.ahead: Ahead | None = None  # the steps of the epoch at hand
 
     @property
     def epoch(self) -> int:
@@ -105,6 +105,11 @@ class Pace:
             across_epochs = trainer.check_val_every_n_epoch is None
             ahead.append(_until(self.loop.total_batch_idx + 1 if across_epochs else self.done, trainer.val_check_batch))
         return max(0, int(min(ahead)))
+
+    def prepare(self) -> None:
+        """Make the next step ready, if it is to be trained: called where there is time, while others compute."""
+        if self.ahead is not None and self.left > 0 and self.trainer.global_step + 1 != self.trainer.max_steps:
+            self.ahead.prepare()
 
     def run(self, stretch: Stretch[T]) -> Iterator[T]:
         """Yield the steps of a stretch; Lightning counts the first itself. Ends early when the trainer is to stop."""

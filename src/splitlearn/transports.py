@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ class Gloo(Transport):
         return memory.numpy().data
 
     def _keep(self, work: dist.Work, memory: Tensor) -> None:
-        """Keep what is under way until it has left; who sends too much at once waits."""
+        """Keep what is under way; who sends too much at once waits for the first of it, with NCCL on the GPU."""
         self.unfinished.append((work, memory))
         self.under_way += memory.nbytes
         while len(self.unfinished) > UNFINISHED or self.under_way > UNFINISHED_BYTES:
@@ -146,12 +147,13 @@ class Nccl(Gloo):
     NCCL takes a GPU for each party, and wants the tensor's size at both ends, which its header has told before.
 
     Arguments:
-        meeting: what Gloo takes; group: a process group of the same ranks; direct: the type of its devices.
+        meeting: what Gloo takes; group: a process group of the same ranks; device: this party's, of the group's type.
     """
 
-    def __init__(self, *meeting: Any, group: Any, direct: str = "cuda") -> None:
+    def __init__(self, *meeting: Any, group: Any, device: torch.device) -> None:
         super().__init__(*meeting)
-        self.beside, self.direct = group, direct
+        self.beside, self.direct = group, device.type
+        self._meet(torch.zeros(1, dtype=torch.uint8, device=device))
 
     def send_beside(self, dst: Party, head: bytes, tensor: Tensor) -> None:
         own = tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -162,6 +164,20 @@ class Nccl(Gloo):
     def receive_beside(self, src: Party, tensor: Tensor) -> None:
         with _patience():
             self.beside.recv([_as_bytes(tensor)], self.ranks[src], 0).wait()
+
+    def _meet(self, token: Tensor) -> None:
+        """Send everybody a byte and receive one: NCCL connects two ranks by their first, and waits for both.
+
+        Else who sends for the first time would wait until it is her turn, and fail after a minute.
+        """
+        own = self.beside.rank()
+        for first, second in combinations(range(len(self.ranks)), 2):  # in the same order everywhere, so nobody locks
+            if own == first:
+                self.beside.send([token], second, 0).wait()
+                self.beside.recv([token], second, 0).wait()
+            elif own == second:
+                self.beside.recv([token], first, 0).wait()
+                self.beside.send([token], first, 0).wait()
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

@@ -104,7 +104,8 @@ class Absent(Wire):
 @lru_cache(maxsize=1024)  # made anew with every mini-batch, it would cost more than a small layer
 def elsewhere(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the meta tensor that stands for one in another process."""
-    return torch.empty(shape, dtype=dtype, device="meta")
+    with torch.inference_mode(False):  # one that validation asks for first must do for training, too
+        return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _hear(tap: Tap, message: Message) -> Tensor:

@@ -56,10 +56,12 @@ class TurnLoader:
         return self._length
 
     def __iter__(self) -> Iterator[Stretch[Turns]]:
-        steps = Ahead(self._turns(self.pace.trainer.current_epoch, self.pace.done))
-        self.pace.prepare = steps.prepare
-        while length := self.pace.next_length():
-            yield Stretch(steps, length)
+        self.pace.ahead = steps = Ahead(self._turns(self.pace.trainer.current_epoch, self.pace.done))
+        try:
+            while length := self.pace.next_length():
+                yield Stretch(steps, length)
+        finally:
+            self.pace.ahead = None  # or the workers that read for it would live on
 
     def steps(self, epoch: int) -> list[Step]:
         """Return the steps of an epoch as row indices: each pass over a shard in its own order, every row once."""

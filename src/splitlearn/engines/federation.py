@@ -83,6 +83,8 @@ class Federation:
         folder = Path(output_dir)
         self._check(parties, trainer)
         self.wire.device = trainer.strategy.root_device
+        if self.wire.device.type == "cuda":  # as Lightning does later: pinned memory, too, belongs to a GPU
+            torch.cuda.set_device(self.wire.device)
         self.identity = self.wiring.identity(self.attempt.party) if len(parties) > 1 else None
         own = folder / "snapshots"
         folders = [own, Path(ckpt) / self.attempt.party / "snapshots"] if ckpt else [own]

@@ -13,14 +13,21 @@ from splitlearn.layout import Party
 from splitlearn.star import Greeting
 
 COMPARED = ("version", "torch", "layout", "model", "num_alices", "schedule", "data")
+TYPES = {
+    **{"config": dict, "snapshots": dict, "common": list, "nonce": str, "threads": int},
+    **{"run": str | None, "certificate": str | None, "gpu": str | None},
+}
 
 
 def check_greeting(ours: Greeting, theirs: Greeting, hub: Party) -> None:
-    """Raises InputError that names the first difference."""
+    """Raises InputError that names the first difference, or what is no greeting."""
     party = theirs["party"]
     for key in (*COMPARED, "resumes"):
         if ours[key] != theirs.get(key):
             raise InputError(f"`{key}` is {ours[key]} at {hub} and {theirs.get(key)} at {party}: they must be the same")
+    for key, kind in TYPES.items():
+        if key not in theirs or not isinstance(theirs[key], kind):
+            raise InputError(f"`{key}` of {party} is {str(theirs.get(key, 'missing'))[:80]}, which is no greeting")
     for key in sorted({*ours["config"], *theirs["config"]}):
         mine, others = ours["config"].get(key), theirs["config"].get(key)
         if mine != others:

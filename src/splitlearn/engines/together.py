@@ -29,7 +29,8 @@ class Together(Callback):
     def __init__(self, wire: RemoteWire, gone: Collection[Party] = ()) -> None:
         self.wire, self.gone = wire, list(gone)
         self.parties: dict[Party, dict[str, Any]] = {}
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # by the end of the last epoch
+        self.earlier: dict[str, float] = {}  # before a resume
 
     def on_fit_start(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
         learner.rounds.leave_out(self.gone)
@@ -37,10 +38,15 @@ class Together(Callback):
     def on_train_start(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
         self.began, self.wire.seconds = time.perf_counter(), dict.fromkeys(self.wire.seconds, 0.0)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self._spent(), "overhead": dict(self.wire.overhead)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.earlier = state_dict["seconds"]
+        self.wire.overhead.update(state_dict["overhead"])
+
     def on_train_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
-        spent = time.perf_counter() - self.began
-        seconds = {"computing": spent - sum(self.wire.seconds.values()), **self.wire.seconds}
-        self.seconds = {what: round(value, 3) for what, value in seconds.items()}
+        self.seconds = self._spent()
         told = self._tell(learner, {"loss": learner.epoch_loss.sums})
         for each in told:
             learner.epoch_loss.sums.update(each["loss"])
@@ -62,6 +68,10 @@ class Together(Callback):
     def run_costs(self) -> dict[str, Any]:
         """What results.json has of it at the top."""
         return {"parties": self.parties, **({"left_out": self.gone} if self.gone else {})}
+
+    def _spent(self) -> dict[str, float]:
+        seconds = {"computing": time.perf_counter() - self.began - sum(self.wire.seconds.values()), **self.wire.seconds}
+        return {what: round(self.earlier.get(what, 0.0) + value, 3) for what, value in seconds.items()}
 
     def _tell(self, learner: SplitLearner, more: dict[str, Any]) -> list[dict[str, Any]]:
         wire = self.wire

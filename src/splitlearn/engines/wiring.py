@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import secrets
 import socket
 from collections.abc import Mapping, Sequence
@@ -72,7 +73,7 @@ class GlooWiring(Wiring):
         if ":" in host or host == "0.0.0.0":
             raise InputError(
                 f"`engine.address` (={address}) must name this host by an IPv4 address or name that the others reach, "
-                "with wire=gloo: take that, or wire=grpc"
+                "since gloo does: take that, or wire=grpc"
             )
 
     def check_size(self, num_bytes: int) -> None:
@@ -124,16 +125,17 @@ class NcclWiring(GlooWiring):
             other = next(first for first in gpus if gpus[first] == gpu)
             if other != party:
                 raise InputError(
-                    f"`wire` (=nccl) takes a GPU for each party, and {other} and {party} are on the same, {gpu}: set "
-                    "`trainer.devices`, or take wire=gloo"
+                    f"`wire` (=nccl) takes a GPU for each party, and {other} and {party} are on the same, {gpu}: start "
+                    "fewer parties on this host, or one by one with its own `trainer.devices=[1]`, or take wire=gloo"
                 )
 
     def transport(self, star: Star, welcome: Mapping[str, Any], device: torch.device) -> Transport:
         party, parties, store, host = self._meeting(star, welcome)
         group = self._group(dist.PrefixStore("beside", store), parties.index(party), len(parties))
-        return Nccl(party, parties, store, host, group=group, direct=self.direct)
+        return Nccl(party, parties, store, host, group=group, device=device)
 
     def _group(self, store: dist.Store, rank: int, size: int) -> Any:
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # that a party is lost shows in the streams
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = FOREVER  # what an Alice sends may wait until it is her turn
         return dist.ProcessGroupNCCL(store, rank, size, options)
