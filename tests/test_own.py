@@ -78,7 +78,8 @@ def greeting(configure, party, root, *asked):
     cfg = configure(*ASKED, *asked, "engine=processes", f"engine.party={party}", f"data.root={root}")
     run = build(cfg, RemoteWire(party))
     same = {"version": "1", "torch": "2", "resumes": False, "config": shared_by_all(cfg)}
-    return {"party": party, **same, **run.learner.kind(run.data)}
+    told = {"run": None, "snapshots": {}, "common": [], "nonce": "", "threads": 1, "certificate": None, "gpu": None}
+    return {"party": party, **same, **told, **run.learner.kind(run.data)}
 
 
 def test_files_of_other_rows_or_classes_are_refused(configure, tmp_path):
