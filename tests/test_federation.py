@@ -19,7 +19,7 @@ from splitlearn.engines.greetings import agree, check_greeting, warn_of_threads
 from splitlearn.engines.processes import PartyLostError, Processes
 from splitlearn.engines.snapshots import newest_common, steps_in
 from splitlearn.errors import InputError
-from splitlearn.federate import _take_gpu, shared_by_all
+from splitlearn.federate import _as_rank, _take_gpu, shared_by_all
 from splitlearn.layout import multi_hop, two_party, u_shaped, vertical, whole
 from splitlearn.means import Average, MeanGradient
 from splitlearn.schedule import Schedule
@@ -187,6 +187,15 @@ def test_early_stopping_stops_all_at_one_epoch(configure, tmp_path):
     whole = run_tiny(configure, tmp_path / "whole", *asked)
     assert len(whole["epochs"]) < 30
     assert run_tiny(configure, tmp_path / "run", *asked, "engine=processes") == whole
+
+
+def test_a_rank_takes_its_own_certificates(configure, monkeypatch):
+    told = {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    cfg = configure(*TINY, "num_alices=2", "engine=processes", "wire=grpc", "wire.certificates=all")
+    engine = _as_rank(cfg, Processes())
+    assert (engine.party, engine.address, cfg.wire.certificates) == ("alice0", "h:2", "all/alice0")
 
 
 def test_parties_that_are_started_together_take_the_gpus_of_the_host_in_turn(configure, monkeypatch):

@@ -74,6 +74,11 @@ def test_so_they_do_over_grpc(configure, tmp_path):
     check(["layout=multi_hop"], ["bob", "carol", "alice2"], "grpc", configure, tmp_path)
 
 
+def test_batch_norm_in_micro_batches_is_warned_of(configure, tmp_path):
+    with pytest.warns(UserWarning, match="batch norm takes its statistics from each micro-batch"):
+        run_tiny(configure, tmp_path, "micro_batches=2", "data.batch_size=14", "trainer.max_epochs=1")
+
+
 BESIDE = ["gloo", "wire._target_=federated.BesideByGloo"]
 
 

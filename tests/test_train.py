@@ -71,6 +71,7 @@ MISFITS = {
     # how many Alices
     "num_alices=0": ["`num_alices` (=0) must be a whole number of at least 1"],
     "num_alices=two": ["`num_alices` (=two) must be a whole number of at least 1"],
+    "micro_batches=65": ["`micro_batches` (=65) must be at most the rows of a mini-batch, `data.batch_size` (=64)"],
     "num_alices=1798": ["`num_alices` (=1798) must lie between 1 and the number of training samples (=1797)"],
     "layout=vertical": ["`num_alices` (=1) must be at least 2 to own columns", "use two_party"],
     "layout=vertical num_alices=9": ["`num_alices` (=9) must not exceed the 8 columns of the input"],

@@ -17,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.callbacks import Callback, Checkpoint, ProgressBar
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from splitlearn.data import SplitData
 from splitlearn.engines.simulated import SafeCheckpointIO
@@ -74,7 +76,18 @@ def build(cfg: DictConfig, wire: Wire | None = None) -> Run:
         data.keep(layout.owners, wire.plays)
     schedule = make(_without(cfg.schedule, ("sets",)), takers, seed=cfg.seed)
     learner = _make_learner(cfg, network, schedule, source.num_classes)
+    _check_micro_batches(learner, data.batch_size)
     return Run(data, learner, _make_trainer(cfg))
+
+
+def _check_micro_batches(learner: SplitLearner, batch_size: int) -> None:
+    if learner.micro_batches > batch_size:
+        raise InputError(
+            f"`micro_batches` (={learner.micro_batches}) must be at most the rows of a mini-batch, `data.batch_size` "
+            f"(={batch_size})"
+        )
+    if learner.micro_batches > 1 and any(isinstance(part, _BatchNorm) for part in learner.network.modules()):
+        rank_zero_warn("batch norm takes its statistics from each micro-batch, so the gradients differ a little")
 
 
 def _check(cfg: DictConfig) -> None:

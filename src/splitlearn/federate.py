@@ -148,6 +148,8 @@ def _as_rank(cfg: DictConfig, engine: Processes) -> Processes:
         raise InputError(
             f"torchrun starts {size} processes, and the parties are {', '.join(parties)}: start one for each"
         )
+    if cfg.wire.get("certificates") is not None:
+        cfg.wire.certificates = f"{cfg.wire.certificates}/{parties[rank]}"
     address = f"{os.environ['MASTER_ADDR']}:{int(os.environ['MASTER_PORT']) + 1}"  # torchrun listens at the first
     return replace(engine, party=parties[rank], address=engine.address if engine.has_port else address)
 

@@ -92,7 +92,9 @@ class Hub(Star):
         except RuntimeError:
             port = 0
         if not port:
-            raise InputError(f"`engine.address` (={address}) cannot be listened on: it is in use, or not of this host")
+            raise InputError(
+                f"`engine.address` (={address}) cannot be listened on: it is in use, or not of this host; take another"
+            )
         return port
 
     def _serve(self, incoming: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -124,7 +126,7 @@ class Hub(Star):
                 rule = f"must be one of {', '.join(p for p in self.parties if p != self.party)}"
                 raise InputError(f"`engine.party` (={party}) {rule}: {self.party} is here already")
             if party in self.joined:
-                raise InputError(f"`engine.party` (={party}) is played by another process already")
+                raise InputError(f"`engine.party` (={party}) is played by another process already: end that one first")
             assert self.check is not None
             self.check(greeting)
             self.outbox[party] = SimpleQueue()

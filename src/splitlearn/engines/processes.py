@@ -89,7 +89,7 @@ class Processes:
             where = f"{outcome.lost} was lost at about mini-batch {outcome.step} ({outcome.why})"
             waits = f"waiting up to {self.join_timeout:.0f} s for the same command to start it again"
             restarts = "starting it again" if outcome.lost in plays else waits
-            rank_zero_info(f"{where}; {'going on without it' if outcome.lost in gone else restarts}")
+            rank_zero_info(f"splitlearn: {where}; {'going on without it' if outcome.lost in gone else restarts}")
 
     def _go_on(self, outcome: Outcome, gone: tuple[Party, ...], hub: Party, output_dir: str) -> tuple[Party, ...]:
         """Return who is left out of the next attempt, or raise."""
@@ -147,6 +147,7 @@ class Crew:
         self.run_id: str | None = None
         self.begun = -1  # the mini-batch that all went on from, once they have met
         self.notes: dict[Party, dict[str, Any]] = {party: {} for party in plays}
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own errors tell what it would
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # who waits must not keep a core busy that another needs
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["splitlearn.federate"])  # so that a process starts in no time

@@ -116,7 +116,7 @@ class NcclWiring(GlooWiring):
         if device.type != self.direct:
             raise InputError(
                 f"`wire` (=nccl) goes from GPU to GPU, and {party} computes on {device.type}: set "
-                "`trainer.accelerator=gpu`, or take wire=gloo"
+                "`trainer.accelerator=gpu` where there is one, or take wire=gloo"
             )
         return str(torch.cuda.get_device_properties(device).uuid)
 
