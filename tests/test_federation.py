@@ -252,12 +252,18 @@ def delaying(listener: socket.socket, to: int, seconds: float, bytes_per_second:
             due.put((free + seconds, chunk))
 
     def serve() -> None:
-        near, _ = listener.accept()
-        far = socket.create_connection(("127.0.0.1", to))
-        for one in (near, far):
-            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for ends in ((near, far), (far, near)):
-            threading.Thread(target=pump, args=ends, daemon=True).start()
+        with suppress(OSError):  # the listener is closed
+            while True:
+                near, _ = listener.accept()
+                try:
+                    far = socket.create_connection(("127.0.0.1", to))
+                except ConnectionRefusedError:  # Bob has not come yet: Alice tries again
+                    near.close()
+                    continue
+                for one in (near, far):
+                    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=pump, args=ends, daemon=True).start()
 
     threading.Thread(target=serve, daemon=True).start()
 
