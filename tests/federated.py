@@ -28,6 +28,10 @@ TINY = (
 )
 
 
+# What a greeting must have besides what is compared.
+TOLD = {"run": None, "snapshots": {}, "common": [], "nonce": "", "threads": 1, "certificate": None, "gpu": None}
+
+
 def tiny(num_classes: int) -> nn.Sequential:
     """With batch norm in two and four dimensions, and dropout on both sides of a cut behind two blocks."""
     return net()

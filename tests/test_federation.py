@@ -12,7 +12,7 @@ from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
-from federated import TINY, results_of, run_tiny
+from federated import TINY, TOLD, results_of, run_tiny
 
 from splitlearn.engines.federation import parties_of
 from splitlearn.engines.greetings import agree, check_greeting, warn_of_threads
@@ -33,9 +33,8 @@ RUN, OTHER = "0" * 32, "1" * 32
 
 def greeting(**changes):
     same = {"version": "1", "torch": "2", "layout": "L", "model": "M", "num_alices": "2", "schedule": "S"}
-    own = {"party": "bob", "data": "100 rows", "config": {"optimizer.lr": 0.1}, "run": None, "resumes": False}
-    told = {"snapshots": {}, "common": [], "nonce": "", "threads": 1, "certificate": None, "gpu": None}
-    return {**same, **own, **told, **changes}
+    own = {"party": "bob", "data": "100 rows", "config": {"optimizer.lr": 0.1}, "resumes": False}
+    return {**same, **own, **TOLD, **changes}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from federated import results_of, weights_of
+from federated import TOLD, results_of, weights_of
 from helpers import differences
 
 from splitlearn.build import build
@@ -78,8 +78,7 @@ def greeting(configure, party, root, *asked):
     cfg = configure(*ASKED, *asked, "engine=processes", f"engine.party={party}", f"data.root={root}")
     run = build(cfg, RemoteWire(party))
     same = {"version": "1", "torch": "2", "resumes": False, "config": shared_by_all(cfg)}
-    told = {"run": None, "snapshots": {}, "common": [], "nonce": "", "threads": 1, "certificate": None, "gpu": None}
-    return {"party": party, **same, **told, **run.learner.kind(run.data)}
+    return {"party": party, **same, **TOLD, **run.learner.kind(run.data)}
 
 
 def test_files_of_other_rows_or_classes_are_refused(configure, tmp_path):

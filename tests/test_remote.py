@@ -530,7 +530,6 @@ def test_a_tensor_beside_its_header_is_refused_where_none_may_come():
 @pytest.mark.parametrize("flags", [BESIDE | NOTHING, BESIDE | SEALED, BESIDE | WANTS_GRADIENT | NOTHING])
 def test_what_comes_beside_is_neither_nothing_nor_sealed(flags):
     wires = queued()
-    wires["bob"].device = torch.device("cpu")
     wires["bob"].transport.direct = "cpu"
     num_bytes = 0 if flags & NOTHING else 12 + SEAL_BYTES
     header = Header(RUN, "weights", 1, 0, 1, torch.float32, (3,), num_bytes, flags=flags)
