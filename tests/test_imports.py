@@ -77,8 +77,3 @@ def test_lightning_stays_out_of_the_crossing():
 def test_torch_distributed_is_only_where_processes_are():
     named = [name for name, path in FILES.items() if "torch.distributed" in path.read_text()]
     assert set(named) <= {"transports", "engines.wiring"}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_no_file_outgrows_its_word(name):
-    assert len(FILES[name].read_text().splitlines()) <= 250
