@@ -65,10 +65,8 @@ class Hub(Star):
             self.changed.notify_all()
             over = self.changed.wait_for(lambda: self._hopeless or len(self.joined) == len(parties) - 1, timeout)
             if self._hopeless:
-                raise InputError(
-                    f"{self.unfit} ({self.party} waits no longer; with `engine.on_failure=wait` it would, until she is "
-                    "started with the right one)"
-                )
+                waits = "with `engine.on_failure=wait` it would, for that party to be started again"
+                raise InputError(f"{self.unfit} ({self.party} waits no longer; {waits})")
             if not over:
                 missing = [party for party in parties if party != self.party and party not in self.joined]
                 refused = f" (refused: {self.refusals[-1]})" if self.refusals else ""
@@ -119,8 +117,8 @@ class Hub(Star):
         try:
             greeting = read_json(next(incoming, b""), "a greeting")
             party = yield from self._admit(greeting, incoming, context)
-        except (InputError, KeyError) as error:
-            why = outside(error if isinstance(error, InputError) else f"a greeting has no {error}")
+        except (InputError, KeyError, RecursionError) as error:
+            why = outside(f"a greeting has no {error}" if isinstance(error, KeyError) else error)
             self.refusals.append(why)
             self.say(f"refused: {why}")
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, why)
