@@ -30,7 +30,10 @@ TINY = (
 
 
 # What a greeting must have besides what is compared.
-TOLD = {"run": None, "snapshots": {}, "common": [], "nonce": "", "threads": 1, "certificate": None, "gpu": None}
+TOLD = {
+    **{"run": None, "snapshots": {}, "common": [], "nonce": "", "threads": 1, "certificate": None, "gpu": None},
+    **{"alike": {}, "file": None},
+}
 
 
 def tiny(num_classes: int) -> nn.Sequential:
