@@ -63,10 +63,17 @@ class Ends:
         return star
 
     def member(
-        self, party: str, port: int, identity: Identity | None = None, timeout: float = 20, hub: str = "bob"
+        self,
+        party: str,
+        port: int,
+        identity: Identity | None = None,
+        timeout: float = 20,
+        hub: str = "bob",
+        host: str = "127.0.0.1",
+        proxy: str | None = None,
     ) -> Member:
-        address, heard = f"127.0.0.1:{port}", self._heard_by(party)
-        self.stars.append(star := Member(party, hub, address, identity, LIMIT, timeout, heard))
+        address, heard = f"{host}:{port}", self._heard_by(party)
+        self.stars.append(star := Member(party, hub, address, identity, LIMIT, timeout, heard, proxy))
         return star
 
     def meet(

@@ -2,6 +2,7 @@
 
 import json
 import queue
+import re
 import socket
 import subprocess
 import sys
@@ -13,22 +14,28 @@ from types import SimpleNamespace
 
 import pytest
 from federated import TINY, TOLD, results_of, run_tiny
+from helpers import BLOCKS as NET
+from helpers import make_network
 
-from splitlearn.engines.federation import parties_of
-from splitlearn.engines.greetings import agree, check_greeting, warn_of_threads
+from splitlearn.certificates import make_certificates
+from splitlearn.engines.federation import Attempt, Federation, parties_of
+from splitlearn.engines.greetings import agree, check_greeting, check_welcome, warn_of_threads
 from splitlearn.engines.processes import PartyLostError, Processes
 from splitlearn.engines.snapshots import newest_common, steps_in
+from splitlearn.engines.wiring import GlooWiring, GrpcWiring
 from splitlearn.errors import InputError
 from splitlearn.federate import _as_rank, _take_gpu, shared_by_all
 from splitlearn.layout import multi_hop, two_party, u_shaped, vertical, whole
 from splitlearn.means import Average, MeanGradient
 from splitlearn.schedule import Schedule
 from splitlearn.sharing import Handoff, Personal
+from splitlearn.star import DifferenceError
 from splitlearn.train import train
 
 BLOCKS = ("a", "b", "c")
 TWO_PARTY = two_party(BLOCKS, 1)
 RUN, OTHER = "0" * 32, "1" * 32
+DIGEST = "0123456789abcdef"
 
 
 def greeting(**changes):
@@ -64,19 +71,143 @@ def test_the_parties_of_a_run_the_hub_first(layout, num_alices, sharings, partie
     ("change", "message"),
     [
         ({"torch": "3"}, "`torch` is 2 at bob and 3 at alice0"),
-        ({"data": "99 rows"}, "`data` is 100 rows at bob and 99 rows at alice0"),
+        ({"data": "99 rows"}, "`data` is 100 rows at bob and 99 rows at alice0: the data must be the same"),
         ({"layout": "U"}, "`layout` is L at bob and U at alice0"),
         ({"config": {"optimizer.lr": 0.2}}, "`optimizer.lr` is 0.1 at bob and 0.2 at alice0"),
         ({"config": {"optimizer.lr": 0.1, "seed": 1}}, "`seed` is None at bob and 1 at alice0"),
         ({"resumes": True}, "`resumes` is False at bob and True at alice0"),
-        ({"threads": [1]}, r"`threads` of alice0 is \[1\], which is no greeting"),
-        ({"snapshots": None}, "`snapshots` of alice0 is None, which is no greeting"),
+        ({"alike": {"rows": "9", "labels": DIGEST}}, "`rows` is 8 at bob and 9 at alice0: give both the same data"),
+        ({"alike": {"rows": "8", "labels": DIGEST[::-1]}}, "the labels differ between bob and alice0: give both"),
     ],
 )
 def test_a_difference_is_named(change, message):
-    check_greeting(greeting(), greeting(party="alice0"), "bob")
-    with pytest.raises(InputError, match=message):
+    alike = {"rows": "8", "labels": DIGEST}
+    check_greeting(greeting(alike=alike), greeting(party="alice0", alike=alike), "bob")
+    with pytest.raises(DifferenceError, match=f"^{message}"):
+        check_greeting(greeting(alike=alike), greeting(**{"party": "alice0", "alike": alike, **change}), "bob")
+
+
+def test_the_configuration_is_compared_before_the_data():
+    """The first of all differences, mended one by one: what has words comes before what has none."""
+    wrong = {"version": "0", "torch": "3", "config": {"optimizer.lr": 0.2}, "layout": "U"}
+    wrong |= {"alike": {"labels": DIGEST[::-1]}, "data": "8 rows split as 1"}
+    told = []
+    while wrong:
+        with pytest.raises(DifferenceError) as refused:
+            check_greeting(greeting(alike={"labels": DIGEST}), greeting(party="alice0", **wrong), "bob")
+        named = re.match("`([a-z.]+)` is|the (labels) differ", str(refused.value))
+        told.append(named[1] or named[2])
+        wrong.pop({"optimizer.lr": "config", "labels": "alike"}.get(told[-1], told[-1]))
+    assert told == ["version", "torch", "optimizer.lr", "layout", "labels", "data"]
+
+
+def test_a_difference_far_into_a_long_text_is_shown():
+    ours, theirs = (f"{500 * 'a'}{end}{500 * 'b'}" for end in ("cut 1", "cut 2"))
+    with pytest.raises(
+        DifferenceError, match=r"`model` is \.\.\.aaa.*cut 1bb.* at bob and \.\.\.aaa.*cut 2bb.* at alice0"
+    ):
+        check_greeting(greeting(model=ours), greeting(party="alice0", model=theirs), "bob")
+
+
+NO_GREETING = [
+    *({"version": 1}, {"torch": None}, {"threads": [1]}, {"threads": True}, {"threads": -1}, {"snapshots": None}),
+    *({"snapshots": {"x": [1]}}, {"snapshots": {RUN: [-1]}}, {"snapshots": {RUN: 1}}, {"common": ["../" + RUN]}),
+    *({"run": 7}, {"run": "../x"}, {"run": RUN[1:]}, {"run": RUN[1:] + "G"}, {"nonce": "0"}, {"nonce": RUN + "0"}),
+    *({"config": []}, {"alike": {"rows": 1}}, {"file": {}}, {"gpu": 1}, {"certificate": 7}, {"data": ["x"]}),
+]
+
+
+@pytest.mark.parametrize("change", NO_GREETING, ids=str)
+def test_what_is_no_greeting_is_refused_by_name_and_does_not_count_as_another_run(change):
+    with pytest.raises(
+        InputError, match=f"`{next(iter(change))}` of the greeting of alice0 is .*, which has no sense"
+    ) as e:
         check_greeting(greeting(), greeting(party="alice0", **change), "bob")
+    assert not isinstance(e.value, DifferenceError)
+
+
+@pytest.mark.parametrize("key", ["config", "snapshots", "nonce", "alike"])
+def test_what_a_greeting_lacks_is_named(key):
+    theirs = {name: value for name, value in greeting(party="alice0").items() if name != key}
+    with pytest.raises(InputError, match=f"`{key}` of the greeting of alice0 is missing"):
+        check_greeting(greeting(), theirs, "bob")
+
+
+def test_what_a_greeting_says_is_cut_and_escaped():
+    for change in (
+        {"torch": "\x1b[2J" + 2**20 * "x"},
+        {"threads": "\n\x9b" + 2**20 * "x"},
+        {"config": {"\r\u202e": 1}},
+    ):
+        with pytest.raises(InputError) as refused:
+            check_greeting(greeting(), greeting(party="alice0", **change), "bob")
+        assert str(refused.value).isprintable()
+        assert len(str(refused.value)) < 400
+
+
+def test_a_greeting_brings_a_certificate_of_the_runs_ca_or_none(tmp_path):
+    for folder in ("ours", "theirs"):
+        make_certificates(["alice0", "alice1"], tmp_path / folder)
+    ca = (tmp_path / "ours" / "alice0" / "ca.crt").read_bytes()
+
+    def check(path, nonce=RUN):
+        shown = path and (tmp_path / path / "party.crt").read_text()
+        check_greeting(greeting(nonce=RUN), greeting(party="alice0", certificate=shown, nonce=nonce), "bob", ca)
+
+    check("ours/alice0")
+    for path, message in (
+        ("ours/alice1", "the certificate is of alice1, and must be of alice0"),
+        ("theirs/alice0", "the certificate shown for alice0 is not signed by the run's CA"),
+        (None, "`certificate` and `nonce` of alice0 must be there"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check(path)
+    with pytest.raises(InputError, match="`certificate` and `nonce` of alice0 must be there"):
+        check("ours/alice0", nonce="")
+    with pytest.raises(InputError, match="a certificate is not PEM"):
+        check_greeting(greeting(nonce=RUN), greeting(party="alice0", certificate="x", nonce=RUN), "bob", ca)
+
+
+def welcome(**changes):
+    each = {"certificates": {"bob": None, "alice0": None}, "nonces": {"bob": "", "alice0": ""}}
+    return {"party": "bob", "parties": ["bob", "alice0"], "run": RUN, "step": 4, "gone": ["alice1"], **each, **changes}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"run": "x"}, "`run` of the welcome of bob is x, which has no sense"),
+        ({"step": "4"}, "`step` of the welcome of bob is 4, which has no sense"),
+        ({"gone": None}, "`gone` of the welcome of bob is None"),
+        ({"gone": []}, "`parties` of the welcome of bob is bob, alice0, and must be bob, alice0, alice1"),
+        (
+            {"parties": ["bob", "x\x1b", "alice0"]},
+            r"`parties` of the welcome of bob is bob, x\\x1b, alice0, and must be",
+        ),
+        ({"parties": ["bob"], "gone": ["alice0", "alice1"]}, "`parties` of the welcome of bob"),
+        ({"nonces": {"bob": ""}}, "`nonces` of the welcome of bob must have one for each of bob, alice0"),
+        ({"certificates": {"bob": 1, "alice0": None}}, "`certificates` of the welcome of bob must have"),
+    ],
+)
+def test_a_welcome_that_is_none_is_refused(change, message):
+    parties = ["bob", "alice0", "alice1"]
+    check_welcome(welcome(), greeting(party="alice0"), parties)
+    with pytest.raises(InputError, match=message):
+        check_welcome(welcome(**change), greeting(party="alice0"), parties)
+
+
+def test_the_largest_message_is_weights_or_the_activation_of_a_mini_batch():
+    """Room for 8 bytes an element: `net` has 480 in its largest weights, and takes 24 a row, more than it passes on."""
+    federation = Federation(Attempt("bob", "127.0.0.1:0"), GrpcWiring(), 1, 1, 1, None)
+    federation.learner = SimpleNamespace(network=make_network(two_party(NET, 2)))
+    for rows, elements in (((4, 7), 480), ((21, 7), 504), ((4, 1000), 24_000)):
+        federation.data = SimpleNamespace(batch_size=rows[0], eval_batch_size=rows[1])
+        assert federation._largest() == 8 * elements
+    federation.data = SimpleNamespace(batch_size=25_000_000, eval_batch_size=1)
+    with pytest.raises(InputError, match="a message may have 2,400,000,000 bytes, and gRPC takes"):
+        federation._largest()
+    federation.wiring = GlooWiring()
+    assert federation._largest() == 8 * 600_000_000
 
 
 def test_other_numbers_of_threads_are_warned_of(recwarn):

@@ -18,13 +18,13 @@ LAYERS = [
     *("data.holdout", "data.loader", "data.module", "data"),
     *("optimizers", "learner", "prediction"),
     *("drawing", "picture", "accuracy", "watch", "callbacks", "judging"),
-    *("star", "hub", "transports", "remote"),
+    *("probe", "star", "hub", "transports", "remote"),
     *("engines", "engines.simulated", "engines.snapshots", "engines.together", "engines.wiring"),
-    *("engines.greetings", "engines.federation", "engines.processes"),
+    *("engines.forms", "engines.greetings", "engines.federation", "engines.processes"),
     *("build", "report", "sweep", "federate", "train", "advise"),
 ]
 LIGHTNING = (
-    *("pace", "data", "optimizers", "learner", "prediction", "watch", "callbacks", "judging"),
+    *("checks", "pace", "data", "optimizers", "learner", "prediction", "watch", "callbacks", "judging"),
     *("attacks", "engines", "build", "report", "federate", "train"),
 )
 

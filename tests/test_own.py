@@ -12,12 +12,13 @@ from helpers import differences
 from splitlearn.build import build
 from splitlearn.data import SplitData
 from splitlearn.data.own import own_table
-from splitlearn.engines.greetings import check_greeting
+from splitlearn.engines.greetings import answer_with, check_columns, check_greeting
 from splitlearn.errors import InputError
 from splitlearn.federate import shared_by_all
 from splitlearn.layout import multi_hop, two_party, vertical, whole
 from splitlearn.partition import all_rows
 from splitlearn.remote import RemoteWire
+from splitlearn.star import DifferenceError
 from splitlearn.train import train
 
 FEATURES, CLASSES = ["age", "weight", "pressure"], ["well", "ill"]
@@ -78,18 +79,55 @@ def greeting(configure, party, root, *asked):
     cfg = configure(*ASKED, *asked, "engine=processes", f"engine.party={party}", f"data.root={root}")
     run = build(cfg, RemoteWire(party))
     same = {"version": "1", "torch": "2", "resumes": False, "config": shared_by_all(cfg)}
-    return {"party": party, **same, **TOLD, **run.learner.kind(run.data)}
+    told = {**TOLD, "alike": run.data.alike(), "file": run.data.own_file}
+    return {"party": party, **same, **told, **run.learner.kind(run.data)}, run.data.names
 
 
 def test_files_of_other_rows_or_classes_are_refused(configure, tmp_path):
     alice, bob = write(tmp_path, "alice.csv", "id", *FEATURES), write(tmp_path, "bob.csv", "id", "diagnosis")
-    hub = greeting(configure, "bob", bob)
-    check_greeting(hub, greeting(configure, "alice0", alice), "bob")
-    other = write(tmp_path, "other.csv", "id", *FEATURES, first=1)
-    with pytest.raises(InputError, match=r"`data` is .* 60 rows of ids .* at bob and .* 60 rows of ids .* at alice0"):
-        check_greeting(hub, greeting(configure, "alice0", other), "bob")
+    hub, names = greeting(configure, "bob", bob)
+    check_greeting(hub, greeting(configure, "alice0", alice)[0], "bob", None, names)
+    theirs, others = greeting(configure, "alice0", write(tmp_path, "other.csv", "id", *FEATURES, first=7))
+    with pytest.raises(DifferenceError, match=r"^the ids of the rows differ \(60 at bob and 60 at alice0\)") as differs:
+        check_greeting(hub, theirs, "bob", None, names)
+    answer = answer_with(others)(differs.value.ask)
+    told = differs.value.explain(answer)
+    assert ": bob lacks 7 of those of alice0, who lacks 7 of those of bob: bring all files to the same ids" in told
+    assert not {*answer} & {*answer_with(names)("1" * 32)}  # by another key nobody can compare
+    for nonsense in (None, [1], "p1", {}):
+        assert differs.value.explain(nonsense) == str(differs.value)
     with pytest.raises(InputError, match=r"`data.source.classes` is .* at bob and .* at alice0"):
-        check_greeting(hub, greeting(configure, "alice0", alice, "data.source.classes=[ill,well]"), "bob")
+        check_greeting(hub, greeting(configure, "alice0", alice, "data.source.classes=[ill,well]")[0], "bob")
+
+
+def test_ids_are_told_to_nobody_without_a_key_and_not_beyond_a_number(monkeypatch, configure, tmp_path):
+    monkeypatch.setattr("splitlearn.engines.greetings.MOST_IDS", 59)
+    hub, names = greeting(configure, "bob", write(tmp_path, "bob.csv", "id", "diagnosis"))
+    theirs, _ = greeting(configure, "alice0", write(tmp_path, "other.csv", "id", *FEATURES, first=7))
+    assert not any(name in repr(hub) + repr(theirs) for name in names)
+    with pytest.raises(DifferenceError) as differs:
+        check_greeting(hub, theirs, "bob", None, names)
+    assert differs.value.ask is None
+    for key in ("", "0" * 30, 7, None, ["0" * 32]):
+        with pytest.raises(InputError, match=r"asks for ids by the key .*, which has no sense"):
+            answer_with(names)(key)
+
+
+def test_a_column_of_two_parties_is_refused_unless_they_have_one_file(configure, tmp_path):
+    vertically = ["layout=vertical", "num_alices=2", "partition=columns", "data.columns=[[age,weight],[pressure]]"]
+    columns = {"bob": ["id", "diagnosis"], "alice0": ["id", "age", "weight"], "alice1": ["id", "pressure"]}
+
+    def greetings(**more):
+        own = {p: write(tmp_path, f"{p}.csv", *names, *more.get(p, [])) for p, names in columns.items()}
+        return {party: greeting(configure, party, root, *vertically)[0] for party, root in own.items()}
+
+    check_columns(greetings())
+    for party, first in (("alice1", "alice0"), ("bob", "bob")):
+        pair = "alice0 and of alice1" if first == "alice0" else "bob and of alice0"
+        with pytest.raises(InputError, match=f"column age stands in the files of {pair}, and may mean something else"):
+            check_columns(greetings(**{party: ["age"]}))
+    joined = write(tmp_path, "joined.csv", "id", *FEATURES, "diagnosis")
+    check_columns({party: greeting(configure, party, joined, *vertically)[0] for party in columns})
 
 
 def source(folder, text, features=FEATURES, label="diagnosis", classes=CLASSES, **more):

@@ -338,6 +338,23 @@ def test_the_hub_gathers_what_the_others_do(ends):
     assert told["bob"] == told["alice0"] == told["alice1"]
 
 
+@pytest.mark.parametrize("kind", ["weights", "gradient", "optimizer_state"])
+def test_names_that_come_twice_are_refused(kind):
+    wires = queued(("bob", "alice0"))
+    names = b'["a", "b", "a"]' if kind != "optimizer_state" else b'["a/x", "b/x", "a/x"]'
+    head = Header(RUN, "control", 1, 0, 1, torch.uint8, (len(names),), len(names))
+    wires["alice0"].transport.send("bob", pack(head, names), names)
+    with pytest.raises(FrameError, match=f"alice0 sent {kind} of 3 names, too many or some twice"):
+        wires["bob"].carry_all(dict.fromkeys("ab", torch.empty(3, device="meta")), "alice0", "bob", kind)
+
+
+def test_names_that_nobody_has_are_cut_and_escaped():
+    wires = queued(("bob", "alice0"))
+    wires["alice0"].carry_all({"\x1b[2J" + 2000 * "x": drawn(3)}, "alice0", "bob", "gradient")
+    with pytest.raises(FrameError, match=r"gradient of `\\x1b\[2Jx{76}\.\.\.`, which is none of a"):
+        wires["bob"].carry_all({"a": torch.empty(3, device="meta")}, "alice0", "bob", "gradient")
+
+
 @pytest.mark.parametrize("names", [b"{", b"\xff", b"7", b"null", b"[7]", b'[["a"]]', b""])
 def test_names_that_are_none_are_refused(names):
     wires = queued()

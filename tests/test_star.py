@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,7 +20,7 @@ from stars import CONTEXT, LIMIT, PARTIES, PATIENCE, Ends, Proxy, framed, live, 
 from splitlearn.certificates import Identity, make_certificates
 from splitlearn.errors import InputError
 from splitlearn.hub import Hub
-from splitlearn.star import METHOD, SERVICE, options
+from splitlearn.star import LARGEST_NOTE, METHOD, SERVICE, SLACK, DifferenceError, options
 
 PAIRS = list(itertools.permutations(PARTIES, 2))
 
@@ -121,7 +121,7 @@ def test_who_is_missing_is_named_and_after_how_long(ends):
 
 
 def test_a_member_is_told_that_nobody_listens(ends):
-    rule = r"^bob does not answer at `engine.address` \(=127.0.0.1:9\) within 1 s: start bob, check address and certifi"
+    rule = r"^bob does not answer at `engine.address` \(=127.0.0.1:9\) within 1 s: nobody listens at 127.0.0.1:9: start"
     with pytest.raises(InputError, match=rule):
         ends.member("alice0", 9).join({"party": "alice0"}, 1)
 
@@ -158,6 +158,97 @@ def test_a_greeting_that_is_none_is_refused_and_the_hub_goes_on(ends, greeting):
     assert refused.value.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
     ends.member("alice0", hub.port).join({"party": "alice0"}, PATIENCE)
     assert list(hears.result(PATIENCE)) == ["alice0"]
+
+
+def answer(port: int, *greetings: bytes) -> grpc.RpcError:
+    """Greet by these bytes; return what comes of it."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as refused:
+        list(channel.stream_stream(f"/{SERVICE}/{METHOD}")(iter(greetings), timeout=PATIENCE))
+    return refused.value
+
+
+@pytest.mark.parametrize(
+    ("greeting", "why"),
+    [
+        (
+            b'{"party": "alice0", "more": "' + bytes(SLACK) + b'"}',
+            r"a greeting of \d+ bytes must be of at most 4194304",
+        ),
+        (b'{"party": "\xff' + bytes(2**20) + b'"}', "a greeting cannot be read: .{,100}"),
+        (b"[" * 2**20, "a greeting cannot be read: .{,100}"),
+        (
+            json.dumps({"party": "x\x1b[31m\r\nbob: all is well" + 2**20 * "!"}).encode(),
+            r".*x\\x1b\[31m\\r\\nbob: all.*",
+        ),
+        (b'{"party": "' + "\u202e\u2028".encode() + b'"}', r".*\\u202e\\u2028.*"),
+        (b'{"party": {"a": ["' + bytes(2**20) + b'"]}}', ".*"),
+    ],
+    ids=["too long", "not text", "deep", "commands of a terminal", "marks of direction", "no name"],
+)
+def test_what_a_stranger_writes_is_cut_and_escaped(ends, greeting, why):
+    hub, said = ends.hub(), []
+    hears, hub.say = gathering(ends, hub), said.append
+    error = answer(hub.port, greeting)
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    for text in (error.details(), hub.refusals[-1], said[-1].removeprefix("refused: ")):
+        assert re.fullmatch(why, text)
+        assert text.isprintable()
+        assert len(text) < 700
+    ends.member("alice0", hub.port).join({"party": "alice0"}, PATIENCE)
+    assert list(hears.result(PATIENCE)) == ["alice0"]
+
+
+@pytest.mark.parametrize("says", [b"[]", b"\xff", b'"bob"', b"{", b'{"lost": "b\\u001b[2J", "why": ["x\\n"]}'])
+def test_a_hub_that_says_nonsense_is_told_of_in_one_line(ends, says):
+    hub = ends.hub()
+    join = ends.pool.submit(ends.member("alice0", hub.port).join, {"party": "alice0"}, PATIENCE)
+    hub.gather(["bob", "alice0"], lambda greeting: None, PATIENCE)
+    hub.outbox["alice0"].put(says)
+    with pytest.raises(InputError, match=r"the answer of bob|b\\x1b\[2J was lost before all had come") as refused:
+        join.result(PATIENCE)
+    assert str(refused.value).isprintable()
+
+
+def differing(greeting):
+    if greeting["rows"] != 7:
+        raise DifferenceError("alice0 has other rows", ask="which?", explain=lambda told: f"alice0 has {told} rows")
+
+
+def test_the_hub_asks_before_it_refuses_and_says_what_it_heard(ends):
+    hub = ends.hub()
+    hears = gathering(ends, hub, check=differing)
+    member = ends.member("alice0", hub.port)
+    member.answer = lambda ask: f"{ask} 8"
+    with pytest.raises(InputError, match=r"^bob refused alice0: alice0 has which\? 8 rows$"):
+        member.join({"party": "alice0", "rows": 8}, PATIENCE)
+    ends.member("alice0", hub.port).join({"party": "alice0", "rows": 7}, PATIENCE)
+    assert list(hears.result(PATIENCE)) == ["alice0"]
+
+
+def test_a_hub_that_is_not_patient_waits_for_nobody_who_comes_in_vain(ends):
+    hub = ends.hub()
+    hub.patient = False
+    hears = gathering(ends, hub, PARTIES, check=differing, timeout=10 * PATIENCE)
+    with pytest.raises(InputError, match="must be one of alice0, alice1"):
+        ends.member("dave", hub.port).join({"party": "dave"}, PATIENCE)
+    with pytest.raises(InputError, match="a greeting has no 'rows'"):
+        ends.member("alice0", hub.port).join({"party": "alice0"}, PATIENCE)
+    assert not hears.done()
+    with pytest.raises(InputError, match="bob refused alice0: alice0 has None rows"):
+        ends.member("alice0", hub.port).join({"party": "alice0", "rows": 8}, PATIENCE)
+    with pytest.raises(InputError, match=r"^alice0 has None rows \(bob waits no longer; with `engine.on_failure=wait`"):
+        hears.result(PATIENCE)
+
+
+def test_another_service_of_grpc_is_told_from_the_hub(ends):
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with pytest.raises(
+        InputError, match=rf"what listens at .*:{port}\) is another service of gRPC .*: name the one of"
+    ):
+        ends.member("alice0", port).join({"party": "alice0"}, PATIENCE)
+    server.stop(0)
 
 
 def test_a_hundred_parties_may_come(ends):
@@ -215,6 +306,10 @@ REFUSED = {
     "half a note": (b'{"farewell": ', ""),
     "a note of bytes": (b"{\xff", ""),
     "a loss without why": (b'{"lost": "alice0"}', ""),
+    "a note that is too long": (
+        b'{"lost": "alice0", "why": "' + LARGEST_NOTE * b" " + b'"}',
+        r"a note of \d+ bytes must",
+    ),
 }
 
 
@@ -238,8 +333,16 @@ def test_nobody_can_say_that_somebody_else_is_lost(ends):
 
 @pytest.mark.parametrize(
     "message",
-    [framed("alice1", "bob"), framed("dave", "alice0", parties=STRANGER), b"", bytes(128), b"{", b'{"lost": 1}'],
-    ids=["for another", "of nobody", "empty", "zeros", "half a note", "a loss without why"],
+    [
+        framed("alice1", "bob"),
+        framed("dave", "alice0", parties=STRANGER),
+        *(b"", bytes(128), b"{", b'{"lost": "alice1"}', b'{"lost": 1, "why": ""}', b'{"lost": "x\\n", "why": ""}'),
+        b'{"lost": "alice1", "why": "' + LARGEST_NOTE * b" " + b'"}',
+    ],
+    ids=[
+        *("for another", "of nobody", "empty", "zeros", "half a note", "a loss without why", "the loss of a number"),
+        *("the loss of nobody", "a note that is too long"),
+    ],
 )
 def test_a_hub_that_sends_what_is_refused_is_lost(ends, message):
     stars, _ = ends.meet()
@@ -247,6 +350,16 @@ def test_a_hub_that_sends_what_is_refused_is_lost(ends, message):
     lost, why = heard(ends, "alice0")
     assert lost == "bob"
     assert "sent what was refused" in why
+
+
+def test_why_somebody_gives_up_is_cut_and_escaped(ends):
+    stars, _ = ends.meet()
+    stars["alice0"].outbox["bob"].put(json.dumps({"lost": "alice0", "why": "\x1b[2J\n" + 60000 * "x"}).encode())
+    for party in ("bob", "alice1"):
+        who, why = heard(ends, party)
+        assert who == "alice0"
+        assert why.startswith(r"\x1b[2J\nxxx")
+        assert len(why) < 700
 
 
 def test_all_hear_why_one_gives_up(ends):
@@ -299,9 +412,9 @@ def disguised(folder: Path, ca: str, party: str, of: str) -> Identity:
 @pytest.mark.parametrize(
     ("greets_as", "shows", "message"),
     [
-        ("alice0", None, "does not answer|refused"),
-        ("alice0", ("theirs", "alice0", "theirs"), "does not answer"),
-        ("alice0", ("ours", "alice0", "theirs"), "does not answer|refused"),
+        ("alice0", None, "does not talk in the clear, as this party does: .* bob was started with wire=grpc"),
+        ("alice0", ("theirs", "alice0", "theirs"), "shows a certificate of another CA: .* have both made by one CA"),
+        ("alice0", ("ours", "alice0", "theirs"), "bob listens at .* and does not take this party's certificate"),
         ("alice0", ("ours", "alice1", "ours"), "refused alice0: the certificate speaks for alice1, not for alice0$"),
         ("alice0", ("ours", "mallory", "ours"), "refused alice0: the certificate speaks for mallory, not for alice0$"),
         ("mallory", ("ours", "mallory", "ours"), r"refused mallory: `engine.party` \(=mallory\) must be one of alice0"),
@@ -321,15 +434,20 @@ def test_who_proves_another_name_or_none_does_not_come_in(ends, folder, greets_a
 
 
 @pytest.mark.parametrize(
-    "shows",
-    [None, ("ours", "alice1", "ours"), ("ours", "bob", "theirs"), ("theirs", "bob", "theirs")],
+    ("shows", "message"),
+    [
+        (None, "does not speak TLS: it is another service, or bob was started without"),
+        (("ours", "alice1", "ours"), "shows a certificate of another party than bob"),
+        (("ours", "bob", "theirs"), "shows a certificate of another CA"),
+        (("theirs", "bob", "theirs"), "shows a certificate of another CA"),
+    ],
     ids=["no certificate", "of another party", "of another CA", "of another CA that it trusts"],
 )
-def test_a_hub_that_proves_another_name_or_none_hears_no_greeting(ends, folder, shows):
+def test_a_hub_that_proves_another_name_or_none_hears_no_greeting(ends, folder, shows, message):
     hub = ends.hub(identity=shows and disguised(folder, *shows))
     hears = gathering(ends, hub, timeout=1.5)
     own = load(folder / "ours", "alice0")["alice0"]
-    with pytest.raises(InputError, match=r"bob does not answer at .* check address and certificates"):
+    with pytest.raises(InputError, match=f"bob does not answer at .*: what listens at .* {message}"):
         ends.member("alice0", hub.port, own).join({"party": "alice0"}, 1)
     assert hub.joined == {}
     with pytest.raises(InputError, match="alice0 did not come"):

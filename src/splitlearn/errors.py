@@ -14,5 +14,15 @@ def check_whole(name: str, value: object, also: str = "") -> None:
         raise InputError(f"`{name}` (={value}) must be a whole number of at least 1{also}")
 
 
+LONGEST = 600  # characters of a message; gRPC drops one of more than some kilobytes
+
+
+def outside(text: object, most: int = LONGEST) -> str:
+    """Return what came from outside as a log may show it: cut, and with what moves a cursor or ends a line escaped."""
+    text = str(text)
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
+    return shown + "..." * (len(text) > most)
+
+
 class DivergedError(RuntimeError):
     """The loss is not a finite number."""

@@ -89,6 +89,7 @@ def play(text: str, engine: Processes, attempt: Attempt, post: Post) -> None:
             wiring = make(cfg.wire)
             terms = engine.timeout, engine.join_timeout, engine.save_every_n_steps
             federation = Federation(attempt, wiring, *terms, post)
+            federation.patient = engine.on_failure == "wait"
             run = build(cfg, federation.wire)
         metrics = federation.run(run.trainer, run.learner, run.data, shared, cfg.output_dir, ckpt)
         log_hyperparameters(cfg, run.trainer, metrics)

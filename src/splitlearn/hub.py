@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 import grpc
 
 from splitlearn.certificates import Identity
-from splitlearn.errors import InputError
+from splitlearn.errors import InputError, outside
 from splitlearn.frame import FrameError
 from splitlearn.layout import Party
-from splitlearn.star import METHOD, SERVICE, SLACK, Greeting, Lost, Star, options
+from splitlearn.probe import why_not_bound
+from splitlearn.star import METHOD, SERVICE, SHOWN, DifferenceError, Greeting, Lost, Star, options, read_json
 
 MOST_STREAMS = 4096  # a thread each, made when it is needed
 
@@ -39,6 +40,8 @@ class Hub(Star):
         self.host = address.rpartition(":")[0]
         self.joined: dict[Party, Greeting] = {}
         self.refusals: list[str] = []
+        self.unfit: DifferenceError | None = None  # of the first party that came in vain
+        self.patient = True  # whether such a party is waited for, too: she may be started anew
         self.say: Callable[[str], None] = lambda text: None  # to whoever watches who comes
         self.changed = threading.Condition()
         self.check: Callable[[Greeting], None] | None = None
@@ -51,12 +54,20 @@ class Hub(Star):
     def gather(
         self, parties: Sequence[Party], check: Callable[[Greeting], None], timeout: float
     ) -> dict[Party, Greeting]:
-        """Wait until all have greeted in a way that `check` does not raise InputError for; return what they said."""
+        """Wait until all have greeted in a way that `check` does not raise InputError for; return what they said.
+
+        Raises InputError when some do not come in time and, unless `patient`, as soon as one came for whom `check`
+        raises DifferenceError.
+        """
         self.say(f"listens at {self.host}:{self.port}, waits for {', '.join(p for p in parties if p != self.party)}")
         with self.changed:
             self.parties, self.check = parties, check
             self.changed.notify_all()
-            if not self.changed.wait_for(lambda: len(self.joined) == len(parties) - 1, timeout):
+            over = self.changed.wait_for(lambda: self._hopeless or len(self.joined) == len(parties) - 1, timeout)
+            if self._hopeless:
+                waits = "with `engine.on_failure=wait` it would, for that party to be started again"
+                raise InputError(f"{self.unfit} ({self.party} waits no longer; {waits})")
+            if not over:
                 missing = [party for party in parties if party != self.party and party not in self.joined]
                 refused = f" (refused: {self.refusals[-1]})" if self.refusals else ""
                 raise InputError(
@@ -64,6 +75,10 @@ class Hub(Star):
                     "command and `engine.party=`, or raise `engine.join_timeout`"
                 )
         return dict(self.joined)
+
+    @property
+    def _hopeless(self) -> bool:
+        return self.unfit is not None and not self.patient
 
     def welcome(self, greeting: Greeting) -> None:
         for out in self.outbox.values():
@@ -92,21 +107,21 @@ class Hub(Star):
         except RuntimeError:
             port = 0
         if not port:
+            why = why_not_bound(address)
             raise InputError(
-                f"`engine.address` (={address}) cannot be listened on: it is in use, or not of this host; take another"
+                f"`engine.address` (={address}) cannot be listened on ({why}): take a free port of this host"
             )
         return port
 
     def _serve(self, incoming: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         try:
-            greeting = next(incoming)
-            if len(greeting) > SLACK:
-                raise InputError(f"a greeting of {len(greeting)} bytes must be of at most {SLACK}")
-            party = self._admit(json.loads(greeting), context)
-        except (InputError, ValueError, KeyError, TypeError, StopIteration) as error:
-            self.refusals.append(str(error))
-            self.say(f"refused: {error}")
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            greeting = read_json(next(incoming, b""), "a greeting")
+            party = yield from self._admit(greeting, incoming, context)
+        except (InputError, KeyError, RecursionError) as error:
+            why = outside(f"a greeting has no {error}" if isinstance(error, KeyError) else error)
+            self.refusals.append(why)
+            self.say(f"refused: {why}")
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, why)
         out = self.outbox[party]
         if not context.add_callback(lambda: self._ended(party)):  # it ended while it waited to be admitted
             self._ended(party)
@@ -114,26 +129,39 @@ class Hub(Star):
         while (message := out.get()) is not None:
             yield message
 
-    def _admit(self, greeting: Greeting, context: grpc.ServicerContext) -> Party:
+    def _admit(
+        self, greeting: Greeting, incoming: Iterator[bytes], context: grpc.ServicerContext
+    ) -> Generator[bytes, None, Party]:
+        """Return who has come; yields what she is asked before she is refused."""
         party = greeting["party"]
         if self.identity is not None:
-            names = [name.decode() for name in context.auth_context().get("x509_common_name", [])]
+            names = [name.decode(errors="replace") for name in context.auth_context().get("x509_common_name", [])]
             if names != [party]:
-                raise InputError(f"the certificate speaks for {', '.join(names)}, not for {party}")
+                shown, said = outside(", ".join(names), SHOWN), outside(party, SHOWN)
+                raise InputError(f"the certificate speaks for {shown}, not for {said}")
         with self.changed:
             self.changed.wait_for(lambda: self.check is not None)
             if party not in self.parties or party == self.party:
                 rule = f"must be one of {', '.join(p for p in self.parties if p != self.party)}"
-                raise InputError(f"`engine.party` (={party}) {rule}: {self.party} is here already")
+                raise InputError(f"`engine.party` (={outside(party, SHOWN)}) {rule}: {self.party} is here already")
             if party in self.joined:
                 raise InputError(f"`engine.party` (={party}) is played by another process already: end that one first")
             assert self.check is not None
-            self.check(greeting)
-            self.outbox[party] = SimpleQueue()
-            self.joined[party] = greeting
-            self.say(f"{party} has come")
+            differs = _caught(self.check, greeting)
+            if differs is None:
+                self.outbox[party] = SimpleQueue()
+                self.joined[party] = greeting
+                self.say(f"{party} has come")
+                self.changed.notify_all()
+                return party
+        if differs.ask is not None:
+            yield json.dumps({"ask": differs.ask}).encode()
+            answer = read_json(next(incoming, b""), f"the answer of {party}").get("answer")
+            differs = DifferenceError(differs.explain(answer))
+        with self.changed:
+            self.unfit = self.unfit or differs
             self.changed.notify_all()
-        return party
+        raise differs
 
     def _read(self, party: Party, incoming: Iterator[bytes]) -> None:
         try:
@@ -168,3 +196,11 @@ class Hub(Star):
         if peer in self.done:
             with self.changed:
                 self.changed.notify_all()
+
+
+def _caught(check: Callable[[Greeting], None], greeting: Greeting) -> DifferenceError | None:
+    try:
+        check(greeting)
+    except DifferenceError as differs:
+        return differs
+    return None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from splitlearn.errors import outside
 from splitlearn.frame import (
     BESIDE,
     HEADER_BYTES,
@@ -35,6 +36,7 @@ from splitlearn.transports import Transport
 from splitlearn.wire import SERVER, Message, Wire, elsewhere
 
 LARGEST_NOTE = 2**24  # bytes of JSON that one party may tell another
+SHOWN = 80  # characters of what another party sent
 MOST_KEYS = 16  # of an optimizer's state for a parameter
 AHEAD = 2**26  # bytes that a sender may be ahead of an answer
 WIDEST = 8  # bytes of an element, whatever the precision
@@ -89,7 +91,7 @@ class RemoteWire(Wire):
         elif dst == self.party:
             names = self._hear(src)
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise FrameError(f"{src} sent no list of names, but {str(names)[:80]}")
+                raise FrameError(f"{src} sent no list of names, but {outside(names, SHOWN)}")
             _check_names(names, tensors, src, kind)
             return {name: self._arrived(_like(tensors, name), src, kind, name in tensors) for name in names}
         return {}
@@ -219,9 +221,9 @@ def _check_names(names: list[str], tensors: Mapping[str, Tensor], src: Party, ki
     """Weights must all be there; gradients may be fewer; of an optimizer's state are some keys for each parameter."""
     known = [name.rpartition("/")[0] if kind == "optimizer_state" else name for name in names]
     if kind == "weights" and set(names) != set(tensors):
-        odd = sorted(set(names) ^ set(tensors))
-        raise FrameError(f"{src} sent weights of other names than {', '.join(tensors)}: {', '.join(odd)[:200]}")
+        others = outside(", ".join(sorted(set(names) ^ set(tensors))), SHOWN)
+        raise FrameError(f"{src} sent weights of other names than {', '.join(tensors)}: {others}")
     if odd := sorted({*known} - {*tensors}):
-        raise FrameError(f"{src} sent {kind} of `{odd[0][:80]}`, which is none of {', '.join(tensors)}")
+        raise FrameError(f"{src} sent {kind} of `{outside(odd[0], SHOWN)}`, which is none of {', '.join(tensors)}")
     if len({*names}) < len(names) or len(names) > MOST_KEYS * len(tensors):
         raise FrameError(f"{src} sent {kind} of {len(names)} names, too many or some twice")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from splitlearn.errors import InputError, outside
 from splitlearn.frame import HEADER_BYTES
 from splitlearn.layout import Party
 from splitlearn.star import Star
@@ -21,6 +24,8 @@ from splitlearn.star import Star
 FOREVER = timedelta(days=365)  # an Alice may wait long for her turn; that a party is lost shows in the streams
 SMALL = 2**18  # bytes of a payload that travels with its header
 AHEAD = 4  # frames of each party for which memory is posted: as many micro-batches may come in one go
+REACHED = 15.0  # seconds in which any two parties must connect
+MEETING = timedelta(seconds=60)  # in which all come to where they meet
 PATIENCE = 5.0  # seconds that the streams have to tell who is lost
 UNFINISHED, UNFINISHED_BYTES = 64, 2**27  # of messages that may be under way before their sender waits
 
@@ -82,11 +87,14 @@ class Gloo(Transport):
         party: whose process this is; parties: all, the same list everywhere.
         store: where they meet; host: this host's address in their network, the only one that is listened on.
         pinned: receive into pinned memory, from which a GPU copies fastest.
+
+    Raises InputError that names two parties who cannot connect.
     """
 
     def __init__(
         self, party: Party, parties: Sequence[Party], store: dist.Store, host: str, pinned: bool = False
     ) -> None:
+        check_ways(party, parties, store, host)
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = FOREVER
@@ -178,6 +186,34 @@ class Nccl(Gloo):
             elif own == second:
                 self.beside.recv([token], first, 0).wait()
                 self.beside.send([token], first, 0).wait()
+
+
+def check_ways(party: Party, parties: Sequence[Party], store: dist.Store, host: str) -> None:
+    """Connect to every other party once, while all do. Raises InputError, at all of them, that names two who cannot.
+
+    gloo itself would wait for ever for two who cannot reach each other, and tell nobody.
+    """
+    with socket.create_server((host, 0), backlog=len(parties)) as listener:
+        store.set(f"at/{party}", json.dumps(listener.getsockname()))
+        store.set(f"met/{party}", _fault(party, parties, store))
+        store.wait([f"met/{other}" for other in parties], FOREVER)  # that one is lost shows in the streams
+    if fault := next(filter(None, (store.get(f"met/{other}").decode() for other in parties)), None):
+        raise InputError(
+            f"{outside(fault)}, and over gloo every two parties must: open the way between their hosts, or take "
+            "wire=grpc, by which all connect to the hub alone"
+        )
+
+
+def _fault(party: Party, parties: Sequence[Party], store: dist.Store) -> str:
+    """With whom `party` cannot connect, in words; nothing where it can with all."""
+    for other in parties:
+        try:
+            store.wait([f"at/{other}"], MEETING)
+            host, port = json.loads(store.get(f"at/{other}"))
+            socket.create_connection((host, port), REACHED).close()
+        except (OSError, RuntimeError) as error:
+            return f"{party} cannot connect to {other} ({str(error).partition(chr(10))[0]})"
+    return ""
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

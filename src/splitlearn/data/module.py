@@ -75,6 +75,8 @@ class SplitData(pl.LightningDataModule):
         self.batch_size, self.eval_batch_size, self.seed, self.augment = batch_size, eval_batch_size, seed, augment
         self.num_classes = source.num_classes
         self.ids: str | None = source.train.ids if isinstance(source.train, Part) else None
+        self.names: Sequence[str] = source.train.names if isinstance(source.train, Part) else ()
+        self.own_file = source.train.told if isinstance(source.train, Part) else None
         self.lacks: Mapping[int, str] = source.train.lacks if isinstance(source.train, Part) else {}
         fractions = (test_fraction if source.test is None else 0.0, val_fraction)
         test_ids, self.val_ids, train_ids = hold_out(len(source.train), fractions, seed)  # type: ignore[arg-type]
@@ -97,6 +99,10 @@ class SplitData(pl.LightningDataModule):
             digest.update(ids.numpy().tobytes())
         rows = f"{len(self.rows)} rows" if self.ids is None else f"{len(self.rows)} rows of ids {self.ids}"
         return f"seed {self.seed}, batch size {self.batch_size}, {rows} split as {digest.hexdigest()}"
+
+    def alike(self) -> dict[str, str]:
+        """What all parties must have alike, in the order in which it is compared."""
+        return {"rows": str(len(self.rows))}
 
     def keep(self, owners: Mapping[str, Role], plays: Callable[[Role], bool]) -> None:
         """Let go of what belongs to other processes' parties: fields by their `owners`, and other Alices' rows.

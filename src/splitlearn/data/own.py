@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, tensor
 from torch.utils.data import TensorDataset
@@ -22,13 +22,22 @@ LABEL = -1  # its place among the columns; those of x are numbered from 0 on
 class Part(TensorDataset):
     """Rows x float32 [N, C] and y int64 [N] of a file that may lack columns.
 
-    `ids` is a digest of the rows' ids, which all parties compare. `lacks` says what is missing, in words, by the
-    column's place in x or LABEL; SplitData sees that nobody reads it.
+    `names` are the rows' ids, and `ids` is a digest of them, which all parties compare. `lacks` says what is missing,
+    in words, by the column's place in x or LABEL; SplitData sees that nobody reads it. `columns` are those features
+    that are there, and `file` is a digest of the file, by which two parties with one file are known.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, ids: str, lacks: Mapping[int, str]) -> None:
+    def __init__(
+        self, x: Tensor, y: Tensor, names: Sequence[str], lacks: Mapping[int, str], columns: Sequence[str], file: str
+    ) -> None:
         super().__init__(x, y)
-        self.ids, self.lacks = ids, lacks
+        self.names, self.lacks, self.columns, self.file = names, lacks, columns, file
+        self.ids = blake2b("\0".join(names).encode(), digest_size=8).hexdigest()
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the other parties are told of this file before all rows are known to be the same."""
+        return {"ids": self.ids, "number": len(self.names), "columns": list(self.columns), "digest": self.file}
 
 
 class Row(NamedTuple):
@@ -53,9 +62,18 @@ def own_table(path: str | Path, features: Sequence[str], label: str, classes: Se
     columns = {**dict(enumerate(features)), LABEL: label}
     lacks = {place: f"{path} has no column {name}" for place, name in columns.items() if name not in header}
     ids = sorted(rows)
-    digest = blake2b("\0".join(ids).encode(), digest_size=8).hexdigest()
-    train = Part(tensor([rows[name].x for name in ids]), tensor([rows[name].y for name in ids]), digest, lacks)
+    x, y = tensor([rows[name].x for name in ids]), tensor([rows[name].y for name in ids])
+    file = blake2b(path.read_bytes(), digest_size=8).hexdigest()
+    train = Part(x, y, ids, lacks, [name for name in features if name in header], file)
     return Source(train, None, len(classes), features)
+
+
+def hashed(names: Sequence[str], key: bytes) -> list[str]:
+    """Return what tells equal ids from different ones, by a key of 16 to 64 bytes that is used once.
+
+    Who has the key can still try out ids that he can think of.
+    """
+    return [blake2b(name.encode(), key=key, digest_size=5).hexdigest() for name in names]
 
 
 def require(owners: Mapping[str, Role], columns: Sequence[Tensor] | None, lacks: Mapping[int, str]) -> None:

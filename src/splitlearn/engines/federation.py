@@ -14,7 +14,14 @@ import pytorch_lightning as pl
 import torch
 
 from splitlearn.data import SplitData
-from splitlearn.engines.greetings import agree, check_greeting, warn_of_threads
+from splitlearn.engines.greetings import (
+    agree,
+    answer_with,
+    check_columns,
+    check_greeting,
+    check_welcome,
+    warn_of_threads,
+)
 from splitlearn.engines.snapshots import Snapshots, common_in, path_of, steps_in
 from splitlearn.engines.together import Together
 from splitlearn.engines.wiring import Wiring
@@ -61,6 +68,7 @@ class Federation:
     ) -> None:
         self.attempt, self.wiring, self.timeout, self.join_timeout = attempt, wiring, timeout, join_timeout
         self.save_every_n_steps, self.post = save_every_n_steps, post
+        self.patient = False  # whether who comes with something else may be started anew: engine.on_failure=wait
         self.wire = RemoteWire(attempt.party)
         self.learner: SplitLearner | None = None
         self.star: Star | None = None
@@ -135,6 +143,8 @@ class Federation:
             "torch": torch.__version__.partition("+")[0],
             **{name: value for name, value in self.learner.kind(self.data).items() if name != "optimizer"},
             "config": dict(shared),
+            "alike": self.data.alike(),
+            "file": self.data.own_file,
             "run": self.attempt.run,
             "resumes": ckpt is not None,
             "snapshots": steps_in(folders),
@@ -152,13 +162,21 @@ class Federation:
         limit, identity = self._largest(), self.identity
         if party != hub:
             self._say(f"joins {hub} at {self.attempt.address}")
-            member = self.star = Member(party, hub, self._address(), identity, limit, self.timeout, self._lost)
-            return member, member.join(greeting, self.join_timeout)
+            proxy = self.wiring.proxy(self.attempt.address)
+            member = self.star = Member(party, hub, self._address(), identity, limit, self.timeout, self._lost, proxy)
+            member.say, member.answer = self._say, answer_with(self.data.names)
+            return member, member.join(
+                greeting, self.join_timeout, lambda welcome: check_welcome(welcome, greeting, parties)
+            )
         listener = self.star = Hub(party, self.attempt.address, identity, limit, self.timeout, self._lost)
         self.post({"port": listener.port})
-        listener.say = self._say
-        greetings = listener.gather(present, lambda other: check_greeting(greeting, other, party), self.join_timeout)
+        listener.say, listener.patient = self._say, self.patient
+        ca = None if identity is None else identity.ca
+        greetings = listener.gather(
+            present, lambda other: check_greeting(greeting, other, party, ca, self.data.names), self.join_timeout
+        )
         greetings[party] = greeting
+        check_columns(greetings)
         self.wiring.check_gpus({name: each["gpu"] for name, each in greetings.items()})
         warn_of_threads(greetings)
         run, step = agree(greetings, self.attempt.run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import secrets
 import socket
@@ -18,6 +17,7 @@ from splitlearn.certificates import Identity
 from splitlearn.errors import InputError
 from splitlearn.hub import Hub
 from splitlearn.layout import Party
+from splitlearn.probe import is_loopback, proxy_for, split
 from splitlearn.sealing import Seal
 from splitlearn.star import Member, Star
 from splitlearn.transports import FOREVER, Gloo, Nccl, Streams, Transport
@@ -36,6 +36,10 @@ class Wiring:
 
     def check(self, address: str) -> None:
         """Raises InputError for an address that this wiring must not be used at."""
+
+    def proxy(self, address: str) -> str | None:
+        """The proxy by way of which the hub at `address` is joined, if any; none in a network that one trusts."""
+        return None
 
     def check_size(self, num_bytes: int) -> None:
         """Raises InputError where a message may be too large."""
@@ -172,11 +176,14 @@ class GrpcWiring(Wiring):
         return self.mine
 
     def check(self, address: str) -> None:
-        if not self.tls and not _is_loopback(address.rpartition(":")[0]):
+        if not self.tls and not is_loopback(split(address)[0]):
             raise InputError(
                 f"`wire.tls` (=off) talks in the clear, on loopback alone, not at {address}: leave it out, and give "
                 "each party its certificate by `wire.certificates`"
             )
+
+    def proxy(self, address: str) -> str | None:
+        return proxy_for(split(address)[0])
 
     def seals(self, star: Star, welcome: Mapping[str, Any]) -> dict[Party, Seal]:
         hub, *members = star.parties
@@ -193,12 +200,3 @@ class GrpcWiring(Wiring):
 
 def _salt(welcome: Mapping[str, Any], nonces: Mapping[Party, str], star: Star, other: Party) -> bytes:
     return bytes.fromhex(welcome["run"] + "".join(nonces[party] for party in sorted((star.party, other))))
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
-    except ValueError:
-        return False
