@@ -100,6 +100,14 @@ def test_files_of_other_rows_or_classes_are_refused(configure, tmp_path):
         check_greeting(hub, greeting(configure, "alice0", alice, "data.source.classes=[ill,well]")[0], "bob")
 
 
+@pytest.mark.slow
+def test_how_many_rows_differ_is_told_at_both_ends_and_soon(configure, tmp_path):
+    roots = {"bob": write(tmp_path, "bob.csv", "id", "diagnosis")}
+    roots["alice0"] = write(tmp_path, "other.csv", "id", *FEATURES, first=7)
+    with pytest.raises(InputError, match=r"bob lacks 7 of those of alice0, who lacks 7 .*bob waits no longer"):
+        federated(configure, tmp_path, roots)
+
+
 def test_ids_are_told_to_nobody_without_a_key_and_not_beyond_a_number(monkeypatch, configure, tmp_path):
     monkeypatch.setattr("splitlearn.engines.greetings.MOST_IDS", 59)
     hub, names = greeting(configure, "bob", write(tmp_path, "bob.csv", "id", "diagnosis"))

@@ -362,6 +362,12 @@ def test_why_somebody_gives_up_is_cut_and_escaped(ends):
         assert len(why) < 700
 
 
+def test_a_long_reason_is_cut_so_that_it_is_heard(ends):
+    stars, _ = ends.meet()
+    stars["alice0"].give_up(LARGEST_NOTE * "x")
+    assert [heard(ends, party) for party in ("bob", "alice1")] == 2 * [("alice0", 600 * "x" + "...")]
+
+
 def test_all_hear_why_one_gives_up(ends):
     stars, _ = ends.meet()
     stars["alice0"].give_up("out of memory")

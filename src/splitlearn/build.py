@@ -22,12 +22,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from splitlearn.data import SplitData
 from splitlearn.engines.simulated import SafeCheckpointIO
-from splitlearn.errors import InputError
+from splitlearn.errors import InputError, outside
 from splitlearn.learner import SplitLearner
 from splitlearn.network import SplitNetwork, check_blocks
 from splitlearn.wire import Wire
 
 LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
+LONGEST_LINE = 10_000  # characters of an error
 READ_BY_SOURCE = ("source", "root", "download", "image_size", "label")
 MAKING = (
     InstantiationException,
@@ -127,7 +128,8 @@ def as_input_error() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    """Return what an error says; text of another party or of a file may be in it, and is escaped."""
+    return outside(" ".join(str(error).split()), LONGEST_LINE)
 
 
 def _make_learner(cfg: DictConfig, network: SplitNetwork, schedule: Any, num_classes: int) -> SplitLearner:

@@ -85,7 +85,7 @@ class Star:
     def give_up(self, why: str) -> None:
         """Tell all that this party cannot go on."""
         for out in self.outbox.values():
-            out.put(json.dumps({"lost": self.party, "why": why}).encode())
+            out.put(json.dumps({"lost": self.party, "why": outside(why)}).encode())
 
     def _lose(self, party: Party, why: str) -> None:
         if self._failed.acquire(blocking=False):
