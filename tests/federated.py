@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +39,28 @@ TOLD = {
 def tiny(num_classes: int) -> nn.Sequential:
     """With batch norm in two and four dimensions, and dropout on both sides of a cut behind two blocks."""
     return net()
+
+
+class Drifting(nn.Module):
+    """Scales by a buffer that training changes and that no `state_dict` has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.scale += 0.01
+        return self.scale * x
+
+
+def tied(num_classes: int) -> nn.Sequential:
+    """Behind the first two blocks, and behind the next four, a cut leaves what is tied with one party."""
+    torch.manual_seed(1)
+    act, drop, linear = nn.Tanh(), nn.Dropout(0.3), nn.Linear(9, 9)
+    first = nn.Sequential(nn.Flatten(), nn.Linear(24, 9), act, linear, act, drop, linear, Drifting())
+    blocks = {"block1": first, "block2": linear, "act": act, "drop": drop, "again": drop, "act2": act}
+    return nn.Sequential(OrderedDict(**blocks, head=nn.Linear(9, num_classes)))
 
 
 def source() -> Source:

@@ -177,7 +177,7 @@ class Unsplit(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor, number: tuple[int, int]) -> Tensor:
-        return run_blocks(self.model.named_children(), x, number)
+        return run_blocks(self.model._modules.items(), x, number)
 
 
 def make_network(layout: Layout, model: nn.Sequential | None = None, seed: int = SEED) -> SplitNetwork:

@@ -24,7 +24,7 @@ LAYERS = [
     *("build", "report", "sweep", "federate", "train", "advise"),
 ]
 LIGHTNING = (
-    *("pace", "data", "optimizers", "learner", "prediction", "watch", "callbacks", "judging"),
+    *("checks", "pace", "data", "optimizers", "learner", "prediction", "watch", "callbacks", "judging"),
     *("attacks", "engines", "build", "report", "federate", "train"),
 )
 

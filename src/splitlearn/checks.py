@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from splitlearn.errors import CURE, DivergedError, InputError, check_whole
 from splitlearn.layout import Role
+from splitlearn.network import SplitNetwork
 
 
 def check_settings(interval: str, clip_val: float | None, steps_per_execution: int, micro_batches: int) -> None:
@@ -51,6 +53,16 @@ def check_loss(loss: nn.Module, output: Tensor, num_classes: int, known: bool) -
     if isinstance(loss, nn.CrossEntropyLoss) and (logs or (probabilities and bool((output >= 0).all()))):
         cure = "drop the model's last Softmax, or use NLLLoss with LogSoftmax"
         raise ValueError(f"`loss` (=CrossEntropyLoss) takes logits: {cure}")
+
+
+def warn_of_raw_rows(network: SplitNetwork) -> None:
+    """Warns where a party that plays here sends its rows on without a weight in front of the cut."""
+    for stage in network.transparent():
+        if network.wire.hosts(stage.role):
+            rank_zero_warn(
+                f"{stage.role} sends raw data: {', '.join(stage.blocks)}, all that she has before the cut, have no "
+                "weights, so whoever receives it can read her rows: cut behind a block with weights"
+            )
 
 
 def check_kind(ours: Mapping[str, str], theirs: Mapping[str, str]) -> None:

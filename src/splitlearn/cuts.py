@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from splitlearn.flops import cost_of
 from splitlearn.leakage import distance_correlation
+from splitlearn.network import check_blocks, held_by
 from splitlearn.segment import evaluating
 
 LABEL = 8  # bytes: an int64
@@ -60,7 +61,8 @@ class Terms(NamedTuple):
 class Block(NamedTuple):
     """What a block adds to Alice's side, weights with buffers, FLOPs a sample; and what crosses behind it a sample.
 
-    `returns`: whether a gradient comes back, which nobody wants unless something up to here is trained.
+    `returns`: whether a gradient comes back, which nobody wants unless something up to here is trained. `tied`: whether
+    a weight up to here is used behind, too, so that no cut may fall here. Its first place counts it.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Block(NamedTuple):
     sample_bytes: int
     leakage: float | None
     returns: bool
+    tied: bool = False
 
 
 class Cut(NamedTuple):
@@ -98,16 +101,27 @@ class Cut(NamedTuple):
 
 def measure(blocks: nn.Sequential, x: Tensor, is_real: bool = True) -> list[Block]:
     """Run the rows x [N, ...] through named blocks, in evaluation mode. Of real ones, the leakage is taken."""
-    measured, inputs, wants = [], x, False
+    measured: list[Block] = []
+    inputs, wants = x, False
+    places = {name: list(held_by(name, block)) for name, block in check_blocks(blocks).items()}
+    last = {memory: name for name, held in places.items() for memory, *_ in held}
+    known: set[Hashable] = set()
+    behind = set(places)
     with torch.no_grad(), evaluating(blocks):
-        for name, block in blocks.named_children():
+        for name, block in check_blocks(blocks).items():
             flops = cost_of(block, [x[:2]], wants).total // 2  # of two rows: batch norm cannot train on one
             wants = wants or any(p.requires_grad for p in block.parameters())
             x = block(x)
-            parameters = sum(p.numel() for p in block.parameters())
-            weight_bytes = sum(value.nbytes for value in block.state_dict().values() if isinstance(value, Tensor))
+            new = {memory: value for memory, _, value in places[name] if memory not in known}
+            parameters = sum(value.numel() for value in new.values() if isinstance(value, nn.Parameter))
+            weight_bytes = sum(value.nbytes for value in new.values())
+            known |= set(new)
+            behind.remove(name)
+            tied = any(last[memory] in behind for memory in known)
             leakage = distance_correlation(inputs, x) if is_real else None
-            measured.append(Block(name, parameters, weight_bytes, flops, x[0].numel(), x[0].nbytes, leakage, wants))
+            measured.append(
+                Block(name, parameters, weight_bytes, flops, x[0].numel(), x[0].nbytes, leakage, wants, tied)
+            )
     return measured
 
 
@@ -118,7 +132,7 @@ def compare(blocks: Sequence[Block], terms: Terms) -> list[Cut]:
             f"`model` has one block ({blocks[0].name}) and nothing to cut, since a cut falls between two: return an "
             "nn.Sequential of several named blocks"
         )
-    return [_cut(blocks[: i + 1], blocks, terms) for i in range(len(blocks) - 1)]
+    return [_cut(blocks[: i + 1], blocks, terms) for i in range(len(blocks) - 1) if not blocks[i].tied]
 
 
 def break_even(crossing: int, bottom_bytes: int, model_bytes: int, transfers: int) -> float:

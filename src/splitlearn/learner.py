@@ -14,12 +14,13 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from splitlearn.checks import check_finite, check_kind, check_loss, check_precision, check_settings
+from splitlearn.checks import check_finite, check_kind, check_loss, check_precision, check_settings, warn_of_raw_rows
 from splitlearn.data.loader import Turns
 from splitlearn.errors import CURE, DivergedError
 from splitlearn.flops import Meter
 from splitlearn.layout import Party, Role
 from splitlearn.ledger import Ledger
+from splitlearn.live import write
 from splitlearn.network import Batch, SplitNetwork, micro
 from splitlearn.optimizers import MakeOptimizer, Stepper, by_role, options_of
 from splitlearn.pace import Pace, Stretch, go_on
@@ -70,6 +71,7 @@ class SplitLearner(pl.LightningModule):
         super().__init__()
         check_settings(interval, gradient_clip_val, steps_per_execution, micro_batches)
         check_loss(loss, network.sample_output, num_classes, network.wire.hosts(network.layout.stages[-1].role))
+        warn_of_raw_rows(network)
         self.network, self.layout, self.schedule, self.loss = network, network.layout, schedule, loss
         self.rounds = Rounds(schedule, network)
         self.makers = by_role(network, optimizer, optimizers or {}, scheduler)
@@ -186,6 +188,7 @@ class SplitLearner(pl.LightningModule):
             "passes": dict(self.ledger.passes),
             "loss": self.epoch_loss.state_dict(),
             "measured": dict(self.trainer.callback_metrics),
+            "buffers": self.network.unsaved(),
             "left": self.pace.left,
         }
 
@@ -193,6 +196,7 @@ class SplitLearner(pl.LightningModule):
         state = checkpoint.get("splitlearn", {"kind": {"layout": "a model that splitlearn did not train"}})
         check_kind(self.kind(self.trainer.datamodule), state["kind"])  # type: ignore[attr-defined]
         self.rounds.load_state_dict(state["rounds"])
+        write(self.network.unsaved(), state.get("buffers", {}))
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._go_on(state, checkpoint["loops"]["fit_loop"])
 

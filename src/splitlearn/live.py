@@ -32,9 +32,10 @@ class Live:
     def find(self) -> None:
         """Look the tensors up again: a move to another device makes new buffers."""
         self.weights: dict[str, Tensor] = {}
-        for stage, segment in self.segments.items():
-            kept = segment.state_dict(prefix=f"{stage}.", keep_vars=True)
-            self.weights.update({name: value for name, value in kept.items() if isinstance(value, Tensor)})
+        # By whole names, since what is tied, also across two stages, is one weight; `persistent=False` buffers, too.
+        role = nn.ModuleDict(self.segments)
+        self.weights.update(role.named_parameters())
+        self.weights.update(role.named_buffers())
         self.buffers = {name: value for name, value in self.weights.items() if not isinstance(value, nn.Parameter)}
         self.trained = {name: value for name, value in self.weights.items() if value.requires_grad}
 

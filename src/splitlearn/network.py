@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from splitlearn.cut import CutLayer, Hop, run_backward
 from splitlearn.errors import InputError
@@ -66,6 +68,7 @@ class SplitNetwork(nn.Module):
         self.wire = wire
         self.cut = CutLayer(wire)
         blocks = check_blocks(model)
+        _check_ties(layout, blocks)
         uses = Counter(name for stage in layout.stages for name in stage.blocks)
         segments = {stage.name: _segment(stage, blocks, uses, seed) for stage in layout.stages}
         # Those of other processes are no submodules: they are outlines on meta, which have nothing to save or train.
@@ -129,7 +132,7 @@ class SplitNetwork(nn.Module):
 
     def describe(self) -> str:
         """One line that two models of the same blocks share."""
-        blocks = [block for _, segment in self.program for block in segment.named_children()]
+        blocks = [block for _, segment in self.program for block in segment.blocks()]
         return ", ".join(f"{name} of {sum(p.numel() for p in block.parameters())}" for name, block in blocks)
 
     def check_sizes(self, smallest: Mapping[Party, int]) -> None:
@@ -148,8 +151,24 @@ class SplitNetwork(nn.Module):
         return {name: self.segments[name] for name in mine}
 
     def parameters_of(self, role: Role) -> list[nn.Parameter]:
-        """Return the parameters of the role that are trained; frozen ones are left out."""
-        return [p for segment in self.segments_of(role).values() for p in segment.parameters() if p.requires_grad]
+        """Return the parameters of the role that are trained, each once; frozen ones are left out."""
+        parameters = (p for segment in self.segments_of(role).values() for p in segment.parameters())
+        return list(dict.fromkeys(p for p in parameters if p.requires_grad))
+
+    def transparent(self) -> list[Stage]:
+        """The stages that send on what they do not change by any weight, so that raw data cross as they are."""
+        raw, found = set(self.layout.fields), []
+        for stage, segment in self.program:
+            if raw & set(stage.inputs) and next(segment.parameters(), None) is None:
+                raw.add(stage.name)
+                if any(stage.name in other.inputs and other.role != stage.role for other in self.layout.stages):
+                    found.append(stage)
+        return found
+
+    def unsaved(self) -> dict[str, Tensor]:
+        """The buffers that no `state_dict` has (`persistent=False`), by name, for checkpoints to have them."""
+        kept = self.state_dict(keep_vars=True)
+        return {name: buffer for name, buffer in self.named_buffers() if name not in kept}
 
     def _bring(
         self, values: dict[str, Tensor], name: str, role: Role, cast: Mapping[Role, Party], tape: list[Hop]
@@ -182,7 +201,15 @@ def check_blocks(model: nn.Module) -> dict[str, nn.Module]:
             f"`model` (={type(model).__name__}) must be an nn.Sequential of at least one block: "
             "the cut falls between blocks; return nn.Sequential(OrderedDict(name=block, ...))"
         )
-    return dict(model.named_children())
+    return dict(model._modules.items())  # `named_children` would leave out a block that stands at a second place
+
+
+def held_by(block: str, module: nn.Module) -> Iterator[tuple[Hashable, str, Tensor]]:
+    """Each weight and buffer of a block: the memory that it lies in, equal for what is tied, its name, and itself."""
+    parameters = module.named_parameters(block, remove_duplicate=False)
+    for name, value in chain(parameters, module.named_buffers(block, remove_duplicate=False)):
+        empty = is_lazy(value) or value.is_meta or value.numel() == 0
+        yield id(value) if empty else value.untyped_storage().data_ptr(), name, value
 
 
 def join(inputs: list[Tensor]) -> Tensor:
@@ -190,9 +217,29 @@ def join(inputs: list[Tensor]) -> Tensor:
     return inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
 
 
+def _check_ties(layout: Layout, blocks: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError for a weight or buffer that two roles would hold: each would go its own way."""
+    roles = {
+        name: {stage.role for stage in layout.stages if name in stage.blocks}
+        for name in blocks
+        if any(name in stage.blocks for stage in layout.stages)
+    }
+    first: dict[Hashable, tuple[str, str]] = {}
+    for block in roles:
+        for memory, name, _ in held_by(block, blocks[block]):
+            other, other_name = first.setdefault(memory, (block, name))
+            if roles[other] != roles[block]:
+                ours, theirs = (" and ".join(sorted(roles[each])) for each in (other, block))
+                raise ValueError(
+                    f"`{other_name}` of {ours} and `{name}` of {theirs} are one tensor (tied weights), which two "
+                    "parties cannot train: untie them, or take a layout and a cut that give both to one party"
+                )
+
+
 def _segment(stage: Stage, blocks: Mapping[str, nn.Module], uses: Counter[str], seed: int) -> Segment:
     """A block that several stages run (the bottoms of a vertical net) is a block of its own in each."""
-    mine = {name: copy.deepcopy(blocks[name]) if uses[name] > 1 else blocks[name] for name in stage.blocks}
+    memo: dict[int, object] = {}  # what is tied within a bottom is tied within its copy
+    mine = {name: copy.deepcopy(blocks[name], memo) if uses[name] > 1 else blocks[name] for name in stage.blocks}
     labels = {name: f"{stage.name}.{name}" if uses[name] > 1 else name for name in stage.blocks}
     _make_safe(mine.values())
     return Segment(mine, labels, seed)

@@ -29,10 +29,14 @@ class Segment(nn.Sequential):
         self.averse: frozenset[str] = frozenset()
         """The blocks that cannot train on a single row: batch norm of one value has no variance."""
 
+    def blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every place with its block; `named_children` leaves out a block that stands at a second place."""
+        return ((name, block) for name, block in self._modules.items() if block is not None)
+
     def forward(self, x: Tensor, number: tuple[int, ...] = (0, 0)) -> Tensor:
         if not (self.drawing and self.training):
             return super().forward(x)
-        for name, block in self.named_children():
+        for name, block in self.blocks():
             if name in self.drawing:
                 _seed(derive(self.seed, "draw", self.labels[name], *number), x.device)
             x = block(x)
@@ -44,7 +48,7 @@ class Segment(nn.Sequential):
         Raises ValueError when a block does not fit the output of the one before it, or writes into its input.
         """
         drawing, averse = set(), set()
-        for i, (name, block) in enumerate(self.named_children()):
+        for i, (name, block) in enumerate(self.blocks()):
             torch.manual_seed(derive(self.seed, "weights", self.labels[name]))
             try:
                 with torch.no_grad(), evaluating(block):
@@ -57,6 +61,10 @@ class Segment(nn.Sequential):
                 raise ValueError(_misfit(name, x, error)) from error
             if not isinstance(out, Tensor):
                 raise ValueError(f"block `{name}` returns a {type(out).__name__}: every block must return one tensor")
+            if out.is_complex() or any(p.is_complex() for p in block.parameters()):
+                raise ValueError(
+                    f"block `{name}` computes complex numbers, which do not cross: take torch.view_as_real"
+                )
             x = out
         self.drawing, self.averse = frozenset(drawing), frozenset(averse)
         return x
