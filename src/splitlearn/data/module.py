@@ -101,7 +101,7 @@ class SplitData(pl.LightningDataModule):
         return f"seed {self.seed}, batch size {self.batch_size}, {rows} split as {digest.hexdigest()}"
 
     def alike(self) -> dict[str, str]:
-        """What all parties must have alike, in the order in which it is compared."""
+        """What all parties must have alike by its name, in the order in which it is compared: in words, or a digest."""
         return {"rows": str(len(self.rows))}
 
     def keep(self, owners: Mapping[str, Role], plays: Callable[[Role], bool]) -> None:

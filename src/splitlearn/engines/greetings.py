@@ -70,7 +70,7 @@ class Both(NamedTuple):
         for key, mine in self.ours["alike"].items():
             others = self.theirs["alike"].get(key, mine)  # of what only one of both has, nothing is to be compared
             if mine != others and DIGEST.fullmatch(mine):
-                raise DifferenceError(f"the {key} differ between {self.hub} and {self.party}: {cure}")
+                raise DifferenceError(f"`{outside(key, SHOWN)}` is not the same at {self.hub} and {self.party}: {cure}")
             self.compare(key, mine, others, cure)
 
     def compare_ids(self, names: Sequence[str]) -> None:
