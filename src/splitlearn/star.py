@@ -220,6 +220,8 @@ class Member(Star):
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 told = f"what listens at `engine.address` (={self.address}) is another service of gRPC"
                 raise InputError(f"{told} ({why}): name the one of {self.hub}") from None
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                raise InputError(f"{self.hub} ended, or does not answer, before all had come ({why})") from None
             raise InputError(f"{self.hub} refused {self.party}: {why}") from None
 
     def send(self, dst: Party, message: bytes) -> None:
