@@ -67,6 +67,12 @@ def test_the_parties_of_a_run_the_hub_first(layout, num_alices, sharings, partie
     assert parties_of(SimpleNamespace(layout=layout, schedule=schedule)) == parties
 
 
+ALIKE = {
+    **{"classes": "cat, dog", "number of rows": "8"},
+    **dict.fromkeys(("labels", "rows", "order of rows"), DIGEST),
+}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -76,18 +82,32 @@ def test_the_parties_of_a_run_the_hub_first(layout, num_alices, sharings, partie
         ({"config": {"optimizer.lr": 0.2}}, "`optimizer.lr` is 0.1 at bob and 0.2 at alice0"),
         ({"config": {"optimizer.lr": 0.1, "seed": 1}}, "`seed` is None at bob and 1 at alice0"),
         ({"resumes": True}, "`resumes` is False at bob and True at alice0"),
-        ({"alike": {"rows": "9", "labels": DIGEST}}, "`rows` is 8 at bob and 9 at alice0: give both the same data"),
         (
-            {"alike": {"rows": "8", "labels": DIGEST[::-1]}},
-            "`labels` is not the same at bob and alice0: give both the same data",
+            {"alike": {**ALIKE, "classes": "cat, ship"}},
+            "`classes` is cat, dog at bob and cat, ship at alice0: give both",
+        ),
+        (
+            {"alike": {**ALIKE, "number of rows": "9"}},
+            "`number of rows` is 8 at bob and 9 at alice0: give both the same",
+        ),
+        (
+            {"alike": {**ALIKE, "labels": "0" * 16}},
+            "`labels` is not the same at bob and alice0: the same rows, but in an",
+        ),
+        (
+            {"alike": {**ALIKE, "labels": "0" * 16, "rows": "1" * 16}},
+            "`labels` is not the same at bob and alice0: give both",
+        ),
+        (
+            {"alike": {**ALIKE, "order of rows": "0" * 16}},
+            "`order of rows` is not .*: the same rows, but in another order: ",
         ),
     ],
 )
 def test_a_difference_is_named(change, message):
-    alike = {"rows": "8", "labels": DIGEST}
-    check_greeting(greeting(alike=alike), greeting(party="alice0", alike=alike), "bob")
+    check_greeting(greeting(alike=ALIKE), greeting(party="alice0", alike=ALIKE), "bob")
     with pytest.raises(DifferenceError, match=f"^{message}"):
-        check_greeting(greeting(alike=alike), greeting(**{"party": "alice0", "alike": alike, **change}), "bob")
+        check_greeting(greeting(alike=ALIKE), greeting(**{"party": "alice0", "alike": ALIKE, **change}), "bob")
 
 
 def test_the_configuration_is_compared_before_the_data():
@@ -100,7 +120,7 @@ def test_the_configuration_is_compared_before_the_data():
             check_greeting(greeting(alike={"labels": DIGEST}), greeting(party="alice0", **wrong), "bob")
         told.append(re.match("`([a-z.]+)` is", str(refused.value))[1])
         wrong.pop({"optimizer.lr": "config", "labels": "alike"}.get(told[-1], told[-1]))
-    assert told == ["version", "torch", "optimizer.lr", "layout", "labels", "data"]
+    assert told == ["version", "torch", "optimizer.lr", "labels", "layout", "data"]
 
 
 def test_a_difference_far_into_a_long_text_is_shown():

@@ -15,7 +15,7 @@ LAYERS = [
     *("wire", "cut", "segment", "network", "flops", "leakage", "cuts"),
     *("averaging", "live", "partition", "sharing", "means", "schedule", "rounds", "tally", "checks", "timeline"),
     *("pace", "data.augment", "data.sources", "data.table", "data.own", "data.rows"),
-    *("data.holdout", "data.loader", "data.module", "data"),
+    *("data.alike", "data.holdout", "data.loader", "data.module", "data"),
     *("optimizers", "learner", "prediction"),
     *("drawing", "picture", "accuracy", "watch", "callbacks", "judging"),
     *("probe", "star", "hub", "transports", "remote"),

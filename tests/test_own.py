@@ -79,7 +79,7 @@ def greeting(configure, party, root, *asked):
     cfg = configure(*ASKED, *asked, "engine=processes", f"engine.party={party}", f"data.root={root}")
     run = build(cfg, RemoteWire(party))
     same = {"version": "1", "torch": "2", "resumes": False, "config": shared_by_all(cfg)}
-    told = {**TOLD, "alike": run.data.alike(), "file": run.data.own_file}
+    told = {**TOLD, "alike": run.data.alike, "file": run.data.own_file}
     return {"party": party, **same, **told, **run.learner.kind(run.data)}, run.data.names
 
 

@@ -68,7 +68,7 @@ def write_classes(root: Path, *folders: str) -> Path:
 
 
 def test_digits():
-    train, test, num_classes, _ = digits()
+    train, test, num_classes, *_ = digits()
     x, y = train.tensors
     assert (x.shape, x.dtype, y.dtype) == ((1797, 1, 8, 8), torch.float32, torch.int64)
     assert (x.min(), x.max(), sorted(set(y.tolist()))) == (0, 1, list(range(10)))
@@ -79,7 +79,7 @@ def test_digits():
 @pytest.mark.parametrize(("source", "name"), [(mnist, "MNIST"), (fashion_mnist, "FashionMNIST")])
 def test_idx_files_come_as_they_are(tmp_path, source, name):
     arrays = write_idx(tmp_path / name / "raw")
-    train, test, num_classes, _ = source(str(tmp_path))
+    train, test, num_classes, *_ = source(str(tmp_path))
     for part, prefix in ((train, "train"), (test, "t10k")):
         x, y = part.tensors
         assert (x.dtype, y.dtype) == (torch.uint8, torch.int64)
@@ -196,7 +196,7 @@ def test_damaged_cifar_names_folder_and_file(tmp_path, monkeypatch, name):
 
 def test_train_and_test_folders(tmp_path):
     write_classes(tmp_path, "train/dog", "train/cat", "test/dog", "test/cat")
-    train, test, num_classes, _ = image_folder(tmp_path)
+    train, test, num_classes, *_ = image_folder(tmp_path)
     assert (len(train), len(test), num_classes) == (4, 4, 2)
     x, label = train[3]
     assert (x.shape, x.dtype, label) == ((3, 6, 4), torch.uint8, 1)

@@ -26,7 +26,7 @@ def test_columns_are_numbers_and_labels_are_numbered_as_they_sort(tmp_path):
     x, y = source.train.tensors
     assert torch.equal(x, torch.tensor([[63, 145.5], [41, 100], [7, -3]]))
     assert y.tolist() == [1, 0, 1]  # ill, well
-    assert source[1:] == (None, 2, ["age", "pressure"])
+    assert source[1:] == (None, 2, ["age", "pressure"], ["ill", "well"])
 
 
 def test_a_test_file_takes_the_classes_of_the_training_file(tmp_path):

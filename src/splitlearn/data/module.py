@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from splitlearn.data.alike import digests
 from splitlearn.data.holdout import hold_out, owners_of, rows_trained_on, still_held
 from splitlearn.data.loader import Augment, EvalLoader, TurnLoader
 from splitlearn.data.own import Part, require
@@ -74,6 +75,7 @@ class SplitData(pl.LightningDataModule):
         _check(batch_size, eval_batch_size, val_fraction, test_fraction, augment, num_columns)
         self.batch_size, self.eval_batch_size, self.seed, self.augment = batch_size, eval_batch_size, seed, augment
         self.num_classes = source.num_classes
+        self.alike = _alike(source)
         self.ids: str | None = source.train.ids if isinstance(source.train, Part) else None
         self.names: Sequence[str] = source.train.names if isinstance(source.train, Part) else ()
         self.own_file = source.train.told if isinstance(source.train, Part) else None
@@ -97,12 +99,9 @@ class SplitData(pl.LightningDataModule):
         digest = blake2b(digest_size=4)
         for ids in (self.val_ids, self.test_ids, self.owners, *self.shards.values(), *(self.columns or [])):
             digest.update(ids.numpy().tobytes())
+        digest.update(str(self.alike).encode())
         rows = f"{len(self.rows)} rows" if self.ids is None else f"{len(self.rows)} rows of ids {self.ids}"
         return f"seed {self.seed}, batch size {self.batch_size}, {rows} split as {digest.hexdigest()}"
-
-    def alike(self) -> dict[str, str]:
-        """What all parties must have alike by its name, in the order in which it is compared: in words, or a digest."""
-        return {"rows": str(len(self.rows))}
 
     def keep(self, owners: Mapping[str, Role], plays: Callable[[Role], bool]) -> None:
         """Let go of what belongs to other processes' parties: fields by their `owners`, and other Alices' rows.
@@ -181,6 +180,18 @@ class SplitData(pl.LightningDataModule):
             fields = self.trainer.precision_plugin.convert_input(rows.fields)  # type: ignore[union-attr]
             device = self.trainer.strategy.root_device  # type: ignore[union-attr]
             rows.fields = {name: field.to(device) for name, field in fields.items()}
+
+
+def _alike(source: Source) -> dict[str, str]:
+    """What all parties must have alike by its name, in the order in which it is compared: in words, or a digest."""
+    names = {"classes": source.classes, "columns": source.columns}
+    told = {what: ", ".join(map(str, listed)) for what, listed in names.items() if listed is not None}
+    told["number of rows"] = str(len(source.train))  # type: ignore[arg-type]
+    if not isinstance(source.train, Part):  # which has some of the columns; its ids are compared
+        told |= digests(source.train)
+    if source.test is not None:
+        told |= {f"{what} for testing": digest for what, digest in digests(source.test).items()}
+    return told
 
 
 def _rows(dataset: Dataset, prepare: Normalise, in_memory: bool | None, num_workers: int) -> Rows:

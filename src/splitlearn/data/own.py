@@ -65,7 +65,7 @@ def own_table(path: str | Path, features: Sequence[str], label: str, classes: Se
     x, y = tensor([rows[name].x for name in ids]), tensor([rows[name].y for name in ids])
     file = blake2b(path.read_bytes(), digest_size=8).hexdigest()
     train = Part(x, y, ids, lacks, [name for name in features if name in header], file)
-    return Source(train, None, len(classes), features)
+    return Source(train, None, len(classes), features, [str(name) for name in classes])
 
 
 def hashed(names: Sequence[str], key: bytes) -> list[str]:

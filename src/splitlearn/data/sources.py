@@ -32,13 +32,14 @@ class Source(NamedTuple):
     """Map-style data sets of items (x, label): x a tensor [C, H, W], uint8 pixels or floats; label in 0..num_classes-1.
 
     `test` is None where the source has no test set of its own: the caller splits one off `train`. `columns` names the
-    last dimension of x where its values have names.
+    last dimension of x where its values have names, `classes` the labels, in their order, where they have some.
     """
 
     train: Dataset
     test: Dataset | None
     num_classes: int
     columns: Sequence[str] | None = None
+    classes: Sequence[str] | None = None
 
 
 def digits() -> Source:
@@ -93,7 +94,7 @@ def image_folder(root: str | Path, image_size: int | None = None) -> Source:
         raise ValueError(f"train and test in {root} must have the same class folders, but {odd}: add those folders")
     if image_size is None:
         _require_one_size([path for path, _ in train.samples + (test.samples if test else [])])
-    return Source(train, test, len(train.classes))
+    return Source(train, test, len(train.classes), classes=train.classes)
 
 
 def datasets(train: Dataset, test: Dataset | None = None, num_classes: int | None = None) -> Source:

@@ -31,13 +31,13 @@ def table(path: str | Path, label: str, test_path: str | Path | None = None) -> 
         raise ValueError(f"{path}: column {label} must hold two labels or more, not only {classes[0]}")
     train = _dataset(x, labels, classes)
     if test_path is None:
-        return Source(train, None, len(classes), names)
+        return Source(train, None, len(classes), names, classes)
     test_names, x, labels = _read(Path(test_path).expanduser(), label)
     if test_names != names:
         raise ValueError(f"{test_path} must have the columns of {path}, {', '.join(names)}, in the same order")
     if odd := sorted(set(labels) - set(classes)):
         raise ValueError(f"{test_path} has labels that {path} has not, {', '.join(odd[:5])}: add them there")
-    return Source(train, _dataset(x, labels, classes), len(classes), names)
+    return Source(train, _dataset(x, labels, classes), len(classes), names, classes)
 
 
 def _dataset(x: list[list[float]], labels: list[str], classes: list[str]) -> TensorDataset:

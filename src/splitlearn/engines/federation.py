@@ -143,7 +143,7 @@ class Federation:
             "torch": torch.__version__.partition("+")[0],
             **{name: value for name, value in self.learner.kind(self.data).items() if name != "optimizer"},
             "config": dict(shared),
-            "alike": self.data.alike(),
+            "alike": self.data.alike,
             "file": self.data.own_file,
             "run": self.attempt.run,
             "resumes": ckpt is not None,
