@@ -40,7 +40,12 @@ MORE = {
     "u_shaped, parallel": (["layout=u_shaped", "schedule=parallel"], ["bob", "server"]),
     "extended_vanilla": (["layout=extended_vanilla", "num_alices=2"], ["bob", "carol", "alice0", "alice1"]),
     "what stands twice, and unsaved buffers": (["model._target_=federated.tied"], ["bob", "alice2"]),
-    "the same, averaged": (["model._target_=federated.tied", "schedule=splitfed_v1"], ["bob", "server"]),
+    "u_shaped, tied ends": (["layout=u_shaped", "model._target_=federated.tied_ends"], ["bob", "alice2"]),
+    "u_shaped, tied ends, splitfed_v1": (
+        ["layout=u_shaped", "model._target_=federated.tied_ends", "schedule=splitfed_v1"],
+        ["bob", "server"],
+    ),
+    "what stands twice, averaged": (["model._target_=federated.tied", "schedule=splitfed_v1"], ["bob", "server"]),
     "vertical, columns": (
         ["layout=vertical", "num_alices=2", "partition=columns", "data.columns=[[0,1,5],[2,3,4]]"],
         ["bob", "alice0", "alice1"],

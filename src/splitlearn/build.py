@@ -20,11 +20,12 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from splitlearn.blocks import check_blocks
 from splitlearn.data import SplitData
 from splitlearn.engines.simulated import SafeCheckpointIO
 from splitlearn.errors import InputError, outside
 from splitlearn.learner import SplitLearner
-from splitlearn.network import SplitNetwork, check_blocks
+from splitlearn.network import SplitNetwork
 from splitlearn.wire import Wire
 
 LARGEST_SEED = 2**32 - 1  # numpy takes no larger one

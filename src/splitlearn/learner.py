@@ -20,7 +20,6 @@ from splitlearn.errors import CURE, DivergedError
 from splitlearn.flops import Meter
 from splitlearn.layout import Party, Role
 from splitlearn.ledger import Ledger
-from splitlearn.live import write
 from splitlearn.network import Batch, SplitNetwork, micro
 from splitlearn.optimizers import MakeOptimizer, Stepper, by_role, options_of
 from splitlearn.pace import Pace, Stretch, go_on
@@ -196,7 +195,7 @@ class SplitLearner(pl.LightningModule):
         state = checkpoint.get("splitlearn", {"kind": {"layout": "a model that splitlearn did not train"}})
         check_kind(self.kind(self.trainer.datamodule), state["kind"])  # type: ignore[attr-defined]
         self.rounds.load_state_dict(state["rounds"])
-        write(self.network.unsaved(), state.get("buffers", {}))
+        self.network.load_unsaved(state.get("buffers", {}))
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._go_on(state, checkpoint["loops"]["fit_loop"])
 

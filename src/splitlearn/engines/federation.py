@@ -202,9 +202,10 @@ class Federation:
         """The most bytes that a message may need: a tensor of the weights, or the activation of a mini-batch."""
         assert self.learner is not None
         network = self.learner.network
-        sizes = [p.numel() for _, segment in network.program for p in segment.parameters()]
+        weights = [w for _, segment in network.program for w in (*segment.parameters(), *segment.buffers())]
         rows = max(self.data.batch_size, self.data.eval_batch_size)
-        most = WIDEST * max([*sizes, *(rows * value[0].numel() for value in network.shapes.values())])
+        activations = (rows * value[0].numel() for value in network.shapes.values())
+        most = WIDEST * max([*(weight.numel() for weight in weights), *activations])
         self.wiring.check_size(most // 2)  # of single precision
         return most
 
