@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST
 
 from splitlearn.data import Source
+from splitlearn.data.rows import load
 from splitlearn.data.sources import cifar10, cifar100, datasets, digits, fashion_mnist, image_folder, mnist
 
 IDX = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
@@ -348,3 +349,31 @@ def test_an_error_of_the_users_own_is_not_hidden():
 
     with refuses(ValueError, "my own"):
         datasets(Broken([PAIR]), num_classes=2)
+
+
+@pytest.mark.parametrize("layout", ["", "train/"])
+def test_hidden_folders_and_files_are_no_classes_and_no_pictures(tmp_path, layout):
+    write_classes(tmp_path / "plain", f"{layout}dog", f"{layout}cat")
+    hidden = [".ipynb_checkpoints", "__MACOSX", "System Volume Information", "$RECYCLE.BIN", "@eaDir", "lost+found"]
+    shown = [f"{layout}dog", f"{layout}cat"]
+    write_classes(
+        tmp_path / "left", *shown, *(f"{layout}{name}" for name in hidden), *(f"{shown[0]}/{n}" for n in hidden)
+    )
+    (tmp_path / "left" / shown[0] / "._a.png").write_bytes(b"AppleDouble")
+    plain, left = (image_folder(tmp_path / name).train for name in ("plain", "left"))
+    assert left.classes == plain.classes == ["cat", "dog"]
+    names = [[Path(path).relative_to(part.root) for path, _ in part.samples] for part in (plain, left)]
+    assert names[0] == names[1]
+
+
+def test_labels_of_one_column_equal_flat_ones():
+    x, y = torch.zeros(3, 2), torch.tensor([0, 2, 1])
+    for rows in (TensorDataset(x, y[:, None]), Own([(a, b) for a, b in zip(x, y[:, None], strict=True)])):
+        assert load(rows)[1].tolist() == [0, 2, 1]
+    with refuses(ValueError, "labels have shape [3, 2]", "[N] or [N, 1]"):
+        load(TensorDataset(x, torch.zeros(3, 2)))
+
+
+def test_rows_of_unequal_shape_are_named():
+    with refuses(ValueError, "row 0 has shape [1, 2, 2] and row 1 [3]: rows must be of one shape", "pad or crop"):
+        load(Own([PAIR, (torch.zeros(3), 0)]))

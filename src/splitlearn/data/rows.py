@@ -23,6 +23,10 @@ class Rows(Protocol):
         """Let go of all fields but these, and of all rows but `ids`; None keeps all rows."""
         ...
 
+    def place(self, dtype: torch.dtype, device: torch.device) -> None:
+        """From now on fields of floating point are of this type; what is held in memory lies on `device`."""
+        ...
+
     def stream(self, batches: Iterable[Tensor], device: torch.device) -> Iterator[Fields]:
         """Yield the fields of each batch of row indices in turn, on `device`; none where rows were let go of."""
         ...
@@ -81,6 +85,9 @@ class InMemory:
             self.places = torch.full((self.num_rows,), -1)
             self.places[ids] = torch.arange(len(ids))
 
+    def place(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.fields = {name: field.to(device) for name, field in in_dtype(self.fields, dtype).items()}
+
     def stream(self, batches: Iterable[Tensor], device: torch.device) -> Iterator[Fields]:
         for rows in batches:
             places = rows if self.places is None else self.places[rows]
@@ -94,6 +101,7 @@ class Streamed:
     def __init__(self, dataset: Dataset, prepare: Prepare, num_workers: int = 0) -> None:
         self.dataset, self.prepare, self.num_workers = dataset, prepare, num_workers
         self.names: Collection[str] | None = None  # None: all
+        self.dtype = torch.float32
         self.kept = torch.ones(len(dataset), dtype=torch.bool)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
@@ -104,6 +112,9 @@ class Streamed:
         if ids is not None or not names:
             self.kept = torch.zeros_like(self.kept)
             self.kept[ids if names else []] = True
+
+    def place(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
 
     def stream(self, batches: Iterable[Tensor], device: torch.device) -> Iterator[Fields]:
         batches = list(batches)
@@ -120,7 +131,10 @@ class Streamed:
             yield {} if x is None or y is None else self._fields(x, y, device)
 
     def _fields(self, x: Tensor, y: Tensor, device: torch.device) -> Fields:
-        fields = {**self.prepare(x.to(device, non_blocking=True)), "y": y.to(device, non_blocking=True).long()}
+        fields = {
+            **in_dtype(self.prepare(x.to(device, non_blocking=True)), self.dtype),
+            "y": as_labels(y.to(device, non_blocking=True)),
+        }
         return {name: field for name, field in fields.items() if self.names is None or name in self.names}
 
 
@@ -128,9 +142,25 @@ def load(dataset: Dataset) -> tuple[Tensor, Tensor]:
     """Read a whole map-style data set of (x, label) into tensors [N, ...] and [N] int64."""
     tensors = getattr(dataset, "tensors", None)
     if tensors is not None:
-        return tensors[0], tensors[1].long()
+        return tensors[0], as_labels(tensors[1])
     xs, ys = zip(*(dataset[i] for i in range(len(dataset))), strict=True)  # type: ignore[arg-type]
-    return torch.stack([torch.as_tensor(x) for x in xs]), torch.as_tensor(ys, dtype=torch.int64)
+    xs = [torch.as_tensor(x) for x in xs]
+    if odd := [i for i, x in enumerate(xs) if x.shape != xs[0].shape]:
+        unlike = f"row 0 has shape {list(xs[0].shape)} and row {odd[0]} {list(xs[odd[0]].shape)}"
+        raise ValueError(f"{unlike}: rows must be of one shape; pad or crop them in the data set")
+    return torch.stack(xs), as_labels(torch.as_tensor(ys))
+
+
+def as_labels(y: Tensor) -> Tensor:
+    """Return labels [N] int64 of [N] or [N, 1]; ValueError for others."""
+    if y.ndim != 1 and (y.ndim != 2 or y.shape[1] != 1):
+        raise ValueError(f"labels have shape {list(y.shape)}: they must be one whole number a row, [N] or [N, 1]")
+    return y.flatten().long()
+
+
+def in_dtype(fields: Fields, dtype: torch.dtype) -> Fields:
+    """Return the fields with those of floating point in this type."""
+    return {name: field.to(dtype) if field.is_floating_point() else field for name, field in fields.items()}
 
 
 def moments(x: Tensor) -> tuple[list[float], list[float]]:
