@@ -16,8 +16,9 @@ from torch.utils.data import IterableDataset, TensorDataset
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST
 
 from splitlearn.data import Source
-from splitlearn.data.rows import load
+from splitlearn.data.rows import Normalise, Streamed, load
 from splitlearn.data.sources import cifar10, cifar100, datasets, digits, fashion_mnist, image_folder, mnist
+from splitlearn.errors import InputError
 
 IDX = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 
@@ -375,5 +376,19 @@ def test_labels_of_one_column_equal_flat_ones():
 
 
 def test_rows_of_unequal_shape_are_named():
-    with refuses(ValueError, "row 0 has shape [1, 2, 2] and row 1 [3]: rows must be of one shape", "pad or crop"):
+    with refuses(ValueError, "one row has shape [1, 2, 2] and another [3]: rows must be of one shape", "pad or crop"):
         load(Own([PAIR, (torch.zeros(3), 0)]))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_goes_wrong_in_mid_run_is_one_line_with_workers_too(tmp_path, num_workers):
+    write_classes(tmp_path, "dog", "cat")
+    path = tmp_path / "cat/a.png"
+    Image.effect_noise((64, 64), 50).save(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+    damaged = image_folder(tmp_path, image_size=4).train
+    ragged = Own([PAIR, (torch.zeros(3), 0)])
+    for rows, said in ((damaged, f"{path} cannot be read as"), (ragged, "one row has shape [1, 2, 2] and another [3]")):
+        stream = Streamed(rows, Normalise(), num_workers).stream([torch.arange(2)], torch.device("cpu"))
+        with pytest.raises(InputError, match=f"^{re.escape(said)}[^\\n]*$"):
+            next(stream)

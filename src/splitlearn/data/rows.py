@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from splitlearn.errors import InputError
 
 Fields = dict[str, Tensor]
 """Data fields by name: `x` [B, ...] (or its columns `x0`, `x1`, ...) and `y` [B] int64."""
@@ -123,11 +125,15 @@ class Streamed:
             self.dataset,
             batch_sampler=[rows.tolist() for rows, wants in zip(batches, wanted, strict=True) if wants],
             num_workers=self.num_workers,
+            collate_fn=_collate,
             pin_memory=device.type == "cuda",
         )
         read = iter(loader)
         for wants in wanted:
-            x, y = next(read) if wants else (None, None)
+            try:
+                x, y = next(read) if wants else (None, None)
+            except InputError as error:  # a worker's has its traceback before the message
+                raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from error
             yield {} if x is None or y is None else self._fields(x, y, device)
 
     def _fields(self, x: Tensor, y: Tensor, device: torch.device) -> Fields:
@@ -144,11 +150,19 @@ def load(dataset: Dataset) -> tuple[Tensor, Tensor]:
     if tensors is not None:
         return tensors[0], as_labels(tensors[1])
     xs, ys = zip(*(dataset[i] for i in range(len(dataset))), strict=True)  # type: ignore[arg-type]
-    xs = [torch.as_tensor(x) for x in xs]
-    if odd := [i for i, x in enumerate(xs) if x.shape != xs[0].shape]:
-        unlike = f"row 0 has shape {list(xs[0].shape)} and row {odd[0]} {list(xs[odd[0]].shape)}"
-        raise ValueError(f"{unlike}: rows must be of one shape; pad or crop them in the data set")
-    return torch.stack(xs), as_labels(torch.as_tensor(ys))
+    return torch.stack(_alike([torch.as_tensor(x) for x in xs])), as_labels(torch.as_tensor(ys))
+
+
+def _alike(xs: list[Tensor]) -> list[Tensor]:
+    if odd := [x for x in xs if x.shape != xs[0].shape]:
+        unlike = f"one row has shape {list(xs[0].shape)} and another {list(odd[0].shape)}"
+        raise InputError(f"{unlike}: rows must be of one shape; pad or crop them in the data set")
+    return xs
+
+
+def _collate(items: list[tuple[Any, Any]]) -> Any:
+    _alike([torch.as_tensor(x) for x, _ in items])
+    return default_collate(items)
 
 
 def as_labels(y: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST, ImageFo
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 
+from splitlearn.errors import InputError
+
 Torchvision = type[MNIST] | type[CIFAR10]
 ELSEWHERE = "name a folder that has them in data.root or SPLITLEARN_DATA, or take data=digits, which needs no files"
 SYSTEM = {"__MACOSX", "System Volume Information", "$RECYCLE.BIN", "@eaDir", "lost+found", "Thumbs.db"}
@@ -244,7 +246,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
                 raise ValueError(f"mode {image.mode} has more than 8 bits")
             yield image
     except Exception as error:  # damaged files raise OSError, SyntaxError, struct.error and more, as the format likes
-        raise ValueError(f"{path} cannot be read as 8-bit pixels ({error}): replace or remove it") from error
+        raise InputError(f"{path} cannot be read as 8-bit pixels ({error}): replace or remove it") from error
 
 
 def _read_rgb(path: str) -> Image.Image:
