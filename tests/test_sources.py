@@ -327,6 +327,13 @@ def test_num_classes_may_be_given():
         (Own([PAIR]), Own([]), 2, ["`test` (=Own) has 0 samples"]),
         (Stream(), None, 2, ["`train` (=Stream) must have __getitem__ and __len__", "TensorDataset first"]),
         (3, None, 2, ["`train` (=int) must have __getitem__ and __len__"]),
+        (
+            Own([((PAIR[0], PAIR[0]), 1)]),
+            None,
+            2,
+            ["`train` (=Own) gives x as tuple, not as one tensor: join its parts"],
+        ),
+        (Own([({"age": PAIR[0]}, 1)]), None, 2, ["`train` (=Own) gives x as dict, not as one tensor: join its parts"]),
         (Own([torch.zeros(3)]), None, 2, ["`train` (=Own) must have items (tensor, int label)", "wrap it"]),
         (Own([(PAIR[0], 0.5)]), None, 2, ["`train` (=Own) must have items (tensor, int label)"]),
         (Own([PAIR]), Own([{"x": 1, "y": 2}]), 2, ["`test` (=Own) must have items"]),

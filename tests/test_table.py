@@ -121,6 +121,8 @@ def test_other_delimiters_and_columns_called_by_numbers(tmp_path):
     found = table(path, 2, delimiter=";")
     assert found[3:] == expected[3:] == (["1", "3"], ["ill", "well"])
     assert torch.equal(found.train.tensors[0], expected.train.tensors[0])
+    tabs = write(tmp_path, "1\t2\t3\n5\till\t7\n6\twell\t8\n", "tabs.csv")
+    assert all(table(tabs, 2, delimiter=tab)[3:] == expected[3:] for tab in ("\t", "\\t"))
     with refuses("`data.delimiter` (=';;') must be one character"):
         table(path, 2, delimiter=";;")
 

@@ -24,6 +24,7 @@ def lines_of(
     """
     if not path.is_file():
         raise FileNotFoundError(f"`{group}.{key}` (={path}) is not a file: name a CSV with a header")
+    delimiter = "\t" if delimiter == "\\t" else delimiter  # a shell and Hydra leave the two characters as they are
     if not isinstance(delimiter, str) or len(delimiter) != 1 or delimiter in '"\r\n':
         raise ValueError(f'`{group}.delimiter` (={delimiter!r}) must be one character, e.g. ";" or "\\t"')
     lines = csv.reader(StringIO(_text(path, group, encoding), newline=""), delimiter=delimiter, strict=True)

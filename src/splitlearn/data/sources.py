@@ -266,6 +266,10 @@ def _require_samples(name: str, dataset: Any) -> None:
         operator.index(label)
     except (TypeError, ValueError):
         raise ValueError(f"{kind} must have items (tensor, int label): wrap it in a data set that has") from None
+    if isinstance(x, (tuple, list, dict)):
+        raise ValueError(
+            f"{kind} gives x as {type(x).__name__}, not as one tensor: join its parts, with torch.cat, say"
+        )
     if not isinstance(x, Tensor):
         raise ValueError(f"{kind} gives x as {type(x).__name__}, not as a tensor: give it transform=PILToTensor(), say")
 
