@@ -10,7 +10,7 @@ import splitlearn
 
 SRC = Path(splitlearn.__file__).parent
 LAYERS = [
-    *("seeds", "errors", "layout", "ledger", "link", "frame", "certificates", "sealing"),
+    *("seeds", "errors", "csv_file", "layout", "ledger", "link", "frame", "certificates", "sealing"),
     *("models.layers", "models.lenet", "models.mlp", "models.resnet", "models.vgg", "models.zoo", "models"),
     *("wire", "cut", "blocks", "segment", "network", "flops", "leakage", "cuts"),
     *("averaging", "live", "partition", "sharing", "means", "schedule", "rounds", "tally", "checks", "timeline"),

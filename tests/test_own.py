@@ -169,6 +169,11 @@ def test_rows_stand_in_the_order_of_their_ids(tmp_path):
         ("id,age\np1,2,3\n", "FILE, line 2: 3 fields, but the header has 2"),
         ("id,age\np1,2\n\np2,3\np1,4\n", "FILE, line 5: id `p1` is that of FILE, line 2 too; remove one"),
         ("id,age\np1,old\n", "FILE, line 2: `old` is not a number"),
+        ("id,age\n,2\n", "FILE, line 2: the row has no id; fill it in, or remove the line"),
+        ("id,age\np1,\n", "FILE, line 2: column age has no value; fill it in"),
+        ("id,age\np\x001,2\n", "FILE, line 2: a NUL is no text; remove it"),
+        ("id,age\np1,1_000\n", "FILE, line 2: `1_000` is not a number of float32, in column age"),
+        ("id,diagnosis\np1,ill\np2,ill\n", "FILE: column diagnosis must hold two labels or more, not only ill"),
         ("id,age\np1,nan\n", "FILE, line 2: `nan` is not a number"),
         (
             "id,diagnosis\np1,ill\np2,dead\n",

@@ -30,7 +30,7 @@ from splitlearn.wire import Wire
 
 LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
 LONGEST_LINE = 10_000  # characters of an error
-READ_BY_SOURCE = ("source", "root", "download", "image_size", "label")
+READ_BY_SOURCE = ("source", "root", "download", "image_size", "label", "features", "drop", "encoding", "delimiter")
 MAKING = (
     InstantiationException,
     MisconfigurationException,

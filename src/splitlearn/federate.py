@@ -36,6 +36,7 @@ LOCAL = (
     *("output_dir", "ckpt", "metric", "logger", "wire.certificates"),
     *("engine.party", "engine.address", "engine.timeout", "engine.join_timeout"),
     *(f"callbacks.{name}" for name in ("progress_bar", "drawing", "results", "watch", "interrupt", "checkpoint")),
+    *("data.encoding", "data.delimiter", "data.source.encoding", "data.source.delimiter"),  # of one's own file
     *("data.root", "data.download", "data.num_workers", "data.in_memory", "data.source.root", "data.source.download"),
     "data.source.path",
     *("trainer.accelerator", "trainer.devices", "trainer.enable_progress_bar", "trainer.default_root_dir"),

@@ -15,7 +15,7 @@ from splitlearn.data.alike import digests
 from splitlearn.data.holdout import hold_out, owners_of, rows_trained_on, still_held
 from splitlearn.data.loader import Augment, EvalLoader, TurnLoader
 from splitlearn.data.own import Part, require
-from splitlearn.data.rows import Fields, InMemory, Normalise, Rows, Streamed, load, moments
+from splitlearn.data.rows import Fields, InMemory, Normalise, Rows, Streamed, as_labels, in_dtype, load, moments
 from splitlearn.data.sources import Source
 from splitlearn.errors import InputError
 from splitlearn.layout import Party, Role
@@ -135,7 +135,7 @@ class SplitData(pl.LightningDataModule):
         """Return a few training rows, by which a network takes its shapes."""
         shard = next(iter(self.shards.values()))
         rows = shard[torch.arange(size) % len(shard)]
-        fields = next(iter(self.rows.stream([rows], torch.device("cpu"))))
+        fields = in_dtype(next(iter(self.rows.stream([rows], torch.device("cpu")))), torch.float32)
         return {name: field.nan_to_num() for name, field in fields.items()} if self.lacks else fields
 
     def train_dataloader(self) -> TurnLoader:
@@ -175,11 +175,9 @@ class SplitData(pl.LightningDataModule):
         return EvalLoader(rows, ids, self.eval_batch_size, device, owners)
 
     def _place(self, rows: Rows) -> None:
-        """Stretches pass Lightning unopened, so rows get the trainer's precision (`64-true`) and device all at once."""
-        if isinstance(rows, InMemory):
-            fields = self.trainer.precision_plugin.convert_input(rows.fields)  # type: ignore[union-attr]
-            device = self.trainer.strategy.root_device  # type: ignore[union-attr]
-            rows.fields = {name: field.to(device) for name, field in fields.items()}
+        """Stretches pass Lightning unopened, so rows get the trainer's precision (`64-true`) and device here."""
+        dtype = self.trainer.precision_plugin.convert_input(torch.zeros(())).dtype  # type: ignore[union-attr]
+        rows.place(dtype, self.trainer.strategy.root_device)  # type: ignore[union-attr]
 
 
 def _alike(source: Source) -> dict[str, str]:
@@ -235,7 +233,7 @@ def _labels(rows: Rows, dataset: Dataset, num_classes: int) -> Tensor:
     if isinstance(rows, InMemory):
         labels = rows.fields["y"]
     elif hasattr(dataset, "targets"):
-        labels = torch.as_tensor(dataset.targets).long()
+        labels = as_labels(torch.as_tensor(dataset.targets))
     else:
         return torch.full((len(rows),), -1)
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
