@@ -146,15 +146,17 @@ def _make_learner(cfg: DictConfig, network: SplitNetwork, schedule: Any, num_cla
         gradient_clip_algorithm=cfg.trainer.gradient_clip_algorithm,
         steps_per_execution=cfg.steps_per_execution,
         micro_batches=cfg.micro_batches,
+        accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
         **make(cfg.scheduler),
     )
 
 
 def _make_trainer(cfg: DictConfig) -> pl.Trainer:
-    """Lightning refuses to clip in manual optimization, so the learner clips."""
+    """Lightning refuses to clip and to accumulate in manual optimization, so the learner does."""
     trainer = make(
         cfg.trainer,
         gradient_clip_val=None,
+        accumulate_grad_batches=1,
         logger=list(make(cfg.logger).values()),
         callbacks=_make_callbacks(cfg),
         plugins=[SafeCheckpointIO(), LightningEnvironment()],  # whatever starts the process, Lightning need not know

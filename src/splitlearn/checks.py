@@ -22,6 +22,21 @@ def check_settings(interval: str, clip_val: float | None, steps_per_execution: i
         raise ValueError(f"`trainer.gradient_clip_val` (={clip_val}) must not be negative; null clips nothing")
 
 
+def check_accumulation(num_batches: int, turn: int | str) -> None:
+    """Raises ValueError where gradients cannot add up over so many mini-batches of one turn."""
+    check_whole("trainer.accumulate_grad_batches", num_batches)
+    if num_batches > 1 and turn == "step":
+        raise ValueError(
+            f"`trainer.accumulate_grad_batches` (={num_batches}) does not fit `schedule.turn` (=step), where every step "
+            "makes a mean of all Alices: take a larger `data.batch_size`"
+        )
+    if isinstance(turn, int) and turn % num_batches:
+        raise ValueError(
+            f"`trainer.accumulate_grad_batches` (={num_batches}) must divide `schedule.turn` (={turn}), since a turn "
+            "ends in a step"
+        )
+
+
 def check_precision(scaler: torch.amp.GradScaler | None, deferred: Sequence[Role], at_once: Sequence[Role]) -> None:
     """Raises InputError where one gradient scale would have to serve two moments."""
     if scaler is not None and deferred and at_once:
