@@ -120,6 +120,7 @@ def test_who_lacks_what_all_had_is_named():
 
 def test_a_resumed_run_goes_on_with_the_newest_of_all(tmp_path):
     assert newest_common([{RUN: [1, 2], OTHER: [9]}, {RUN: [2, 3], OTHER: [9]}]) == (OTHER, 9)
+    assert newest_common([{OTHER: [9], RUN: [1, 2]}, {RUN: [2, 3], OTHER: [9]}]) == (RUN, 2)  # a later run's
     assert newest_common([{RUN: [1]}, {RUN: [2]}]) is None
     for name in (f"{RUN}-step10.ckpt", f"{RUN}-step9.ckpt", "last.ckpt", f"{RUN}-step11.ckpt.tmp"):
         (tmp_path / name).touch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
@@ -23,6 +24,7 @@ from splitlearn.checks import (
     check_loss,
     check_precision,
     check_settings,
+    described,
 )
 from splitlearn.data.loader import Turns
 from splitlearn.errors import CURE, DivergedError
@@ -36,6 +38,7 @@ from splitlearn.rounds import Rounds
 from splitlearn.schedule import Schedule
 from splitlearn.tally import EpochLoss, Tally, means
 
+SETTINGS = ("precision", "limit_train_batches", "overfit_batches")  # of the trainer, that change what is computed
 Part = dict[str, Tensor | None]  # `output`, `labels` and `owners` of the rows that one Alice has evaluated
 
 
@@ -87,7 +90,8 @@ class SplitLearner(pl.LightningModule):
         self.rounds = Rounds(schedule, network)
         self.makers = by_role(network, optimizer, optimizers or {}, scheduler)
         made = {role: make(network.parameters_of(role)) for role, make in self.makers.items()}
-        self.options = ", ".join(f"{role}: {options_of(optimizer)}" for role, optimizer in made.items())
+        self.options = options_of(made)
+        self.described = {"loss": described(loss), "scheduler": described(scheduler)}
         self.scheduler, self.interval, self.monitor = scheduler, interval, monitor
         self.clip = {"gradient_clip_val": gradient_clip_val, "gradient_clip_algorithm": gradient_clip_algorithm}
         self.steps_per_execution = steps_per_execution
@@ -133,15 +137,33 @@ class SplitLearner(pl.LightningModule):
         return self.epoch_loss.mean
 
     def kind(self, data: object) -> dict[str, str]:
-        """What a checkpoint must share with the run that goes on from it, and each process with the others."""
+        """What each process must share with the others, and a checkpoint with the run that tests it."""
         return {
             "layout": self.layout.describe(),
             "model": self.network.describe(),
-            "optimizer": self.options,
             "num_alices": str(len(self.schedule.takers)),
             "schedule": self.schedule.describe(),
             "data": getattr(data, "kind", "unknown"),
         }
+
+    def settings(self, data: object) -> dict[str, str]:
+        """All that decides what is computed, which a checkpoint must share with the run that goes on from it."""
+        kind, trainer = self.kind(data), self.trainer
+        followed = {"scheduler.interval": self.interval, "scheduler.monitor": self.monitor} if self.scheduler else {}
+        settings = {
+            **{name: kind[name] for name in ("layout", "model", "num_alices")},
+            **{f"model.{name}": text for name, text in self.network.texts.items()},
+            **self.options,
+            **{f"schedule.{name}": value for name, value in self.schedule.settings.items()},
+            **self.described,
+            **followed,
+            **{f"trainer.{name}": value for name, value in self.clip.items()},
+            "trainer.accumulate_grad_batches": self.accumulate,
+            "micro_batches": self.micro_batches,
+            **{f"trainer.{name}": getattr(trainer, name) for name in SETTINGS},
+            **getattr(data, "settings", {}),
+        }
+        return {name: re.sub(r" at 0x[0-9a-f]+", "", str(value)) for name, value in settings.items()}  # of functions
 
     def configure_optimizers(self) -> list[dict[str, Any]]:  # type: ignore[override]
         configs: list[dict[str, Any]] = []
@@ -206,8 +228,9 @@ class SplitLearner(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_finite(self, self.trainer.global_step)
         self.rounds.settle()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
         checkpoint["splitlearn"] = {
-            "kind": self.kind(self.trainer.datamodule),  # type: ignore[attr-defined]
+            "kind": {**self.kind(data), **self.settings(data)},
             "rounds": self.rounds.state_dict(),
             "bytes": [self.ledger.table(), self.evaluation_ledger.table()],
             "passes": dict(self.ledger.passes),
@@ -221,9 +244,11 @@ class SplitLearner(pl.LightningModule):
         if isinstance(self.trainer.precision_plugin, DoublePrecision):
             self.double()  # Lightning does so only when it has restored, which drops half of the bits
         state = checkpoint.get("splitlearn", {"kind": {"layout": "a model that splitlearn did not train"}})
-        check_kind(self.kind(self.trainer.datamodule), state["kind"])  # type: ignore[attr-defined]
+        trains = self.trainer.state.fn == TrainerFn.FITTING
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        check_kind(self.settings(data) if trains else self.kind(data), state["kind"])
         self.rounds.load_state_dict(state["rounds"])
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        if trains:
             self._go_on(state, checkpoint["loops"]["fit_loop"])
 
     def _go_on(self, state: dict[str, Any], fit_loop: dict[str, Any]) -> None:

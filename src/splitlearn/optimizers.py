@@ -29,7 +29,7 @@ INSTEAD = {
     "BatchSizeFinder": "sweep over it, e.g. -m data.batch_size=32,64",
     "StochasticWeightAveraging": "leave it out",
     "WeightAveraging": "leave it out",
-    "BaseFinetuning": "freeze blocks in the model, by requires_grad_(False)",
+    "BackboneFinetuning": "freeze blocks in the model, or take a BaseFinetuning that names them",
 }
 HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
 
@@ -225,6 +225,16 @@ def _listeners(learner: pl.LightningModule, hook: str) -> list[Callable[..., Non
     return [*heard, getattr(learner, hook)] if is_overridden(hook, learner, pl.LightningModule) else heard
 
 
-def options_of(optimizer: Optimizer) -> str:
-    """One line that two optimizers of the same options share."""
-    return f"{type(optimizer).__name__}({', '.join(f'{name}={value}' for name, value in optimizer.defaults.items())})"
+def options_of(optimizers: Mapping[Role, Optimizer]) -> dict[str, str]:
+    """The classes and options of the roles' optimizers; where they are not all alike, role by role."""
+    by_name: dict[str, dict[Role, str]] = {}
+    for role, optimizer in optimizers.items():
+        options = {f"optimizer.{name}": value for name, value in optimizer.defaults.items()}
+        for name, value in {"optimizer": type(optimizer).__name__, **options}.items():
+            by_name.setdefault(name, {})[role] = str(value)
+    return {
+        name: " and ".join({f"{value} of {role}": None for role, value in values.items()})
+        if len({*values.values()}) > 1 or len(values) < len(optimizers)
+        else next(iter(values.values()))
+        for name, values in by_name.items()
+    }

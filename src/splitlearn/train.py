@@ -44,7 +44,7 @@ def train(cfg: DictConfig) -> float | None:
 def _simulate(cfg: DictConfig, engine: Simulated) -> dict[str, float]:
     with as_input_error():
         run = build(cfg)
-    metrics = engine.run(run.trainer, run.learner, run.data, cfg.ckpt)
+    metrics = engine.run(run.trainer, run.learner, run.data, cfg.ckpt, cfg.test)
     log_hyperparameters(cfg, run.trainer, metrics)
     num_bytes = run.learner.ledger.table(merge=has_many_alices(run.learner))
     print_table(run.learner.layout.kind, metrics, num_bytes, run.trainer.default_root_dir)

@@ -15,6 +15,7 @@ import torch
 
 from splitlearn.data import SplitData
 from splitlearn.engines.greetings import agree, check_greeting, warn_of_threads
+from splitlearn.engines.simulated import tested
 from splitlearn.engines.snapshots import Snapshots, common_in, path_of, steps_in
 from splitlearn.engines.together import Together
 from splitlearn.engines.wiring import Wiring
@@ -73,11 +74,12 @@ class Federation:
         shared: Mapping[str, Any],
         output_dir: str,
         ckpt: str | None,
+        test: str = "last",
     ) -> dict[str, float]:
         """Join the others, fit and test; return the last value of every metric.
 
         `shared` is the part of the configuration that all must have alike, `output_dir` this party's folder, `ckpt`
-        that of a run to go on from.
+        that of a run to go on from; `test`: the `last` weights or each party's `best`.
         """
         self.learner, self.data, parties = learner, data, parties_of(learner)
         folder = Path(output_dir)
@@ -99,7 +101,7 @@ class Federation:
         trainer.callbacks.append(saves)  # type: ignore[attr-defined]
         trainer.fit(learner, datamodule=data, ckpt_path=path_of(folders, run, step) if step else None)
         metrics = dict(trainer.callback_metrics)
-        trainer.test(learner, datamodule=data, verbose=False)
+        trainer.test(learner, datamodule=data, ckpt_path=tested(trainer, test), verbose=False)
         self.wire.gather("farewell")
         star.close(self.timeout)
         return {name: float(value) for name, value in {**metrics, **trainer.callback_metrics}.items()}
@@ -133,7 +135,7 @@ class Federation:
             "party": self.attempt.party,
             "version": version("splitlearn"),
             "torch": torch.__version__.partition("+")[0],
-            **{name: value for name, value in self.learner.kind(self.data).items() if name != "optimizer"},
+            **self.learner.kind(self.data),
             "config": dict(shared),
             "run": self.attempt.run,
             "resumes": ckpt is not None,
