@@ -36,7 +36,7 @@ def test_another_split_of_the_rows_is_refused(tmp_path):
     ckpt, other = saved(tmp_path), make_data()
     other.seed, other.shards = 8, {"alice0": torch.arange(39).flip(0)}
     with pytest.raises(
-        InputError, match=rf"`ckpt` is of another run: `seed` is {SEED} in the checkpoint and 8 here; `data` is"
+        InputError, match=rf"`ckpt` is of another run: `seed` is {SEED} in the checkpoint and 8 here; `data.rows` is"
     ):
         go_on(tmp_path, ckpt, other)
 

@@ -305,6 +305,16 @@ def test_the_best_checkpoint_is_tested_where_asked_for(configure, tmp_path, capl
     assert "Tests the last weights; test=best would test" in caplog.text
 
 
+def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    asked = ("+experiment=digits_2party", "trainer.max_epochs=1", f"output_dir={tmp_path}/file/run")
+    done = command(*asked, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("splitlearn: ")
+    assert f"{tmp_path}/file" in done.stderr.strip().splitlines()[-1]
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04" + bytes(100)])
 def test_a_damaged_checkpoint_is_refused_by_name(content, configure, tmp_path):
     damaged = tmp_path / "damaged.ckpt"

@@ -28,7 +28,7 @@ from splitlearn.engines.wiring import GrpcWiring
 from splitlearn.errors import DivergedError, InputError
 from splitlearn.frame import FrameError
 from splitlearn.layout import Party
-from splitlearn.report import log_hyperparameters, print_table, quieten
+from splitlearn.report import finishing, log_hyperparameters, print_table, quieten
 from splitlearn.sealing import SealError
 
 # What each host may have in its own way; all the rest must be the same everywhere.
@@ -90,8 +90,9 @@ def play(text: str, engine: Processes, attempt: Attempt, post: Post) -> None:
             terms = engine.timeout, engine.join_timeout, engine.save_every_n_steps
             federation = Federation(attempt, wiring, *terms, post)
             run = build(cfg, federation.wire)
-        metrics = federation.run(run.trainer, run.learner, run.data, shared, cfg.output_dir, ckpt, cfg.test)
-        log_hyperparameters(cfg, run.trainer, metrics)
+        with finishing(run.trainer.loggers):
+            metrics = federation.run(run.trainer, run.learner, run.data, shared, cfg.output_dir, ckpt, cfg.test)
+            log_hyperparameters(cfg, run.trainer, metrics)
         post({"done": metrics})
     except Exception as error:
         why = one_line(error)

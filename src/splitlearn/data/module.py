@@ -100,7 +100,7 @@ class SplitData(pl.LightningDataModule):
     def settings(self) -> dict[str, Any]:
         """The same with all that is done to the rows, by the names of the configuration."""
         batches = {"data.batch_size": self.batch_size, "data.augment": described(self.augment)}
-        return {"seed": self.seed, **batches, **self.normalised, "data": self._split()}
+        return {"seed": self.seed, **batches, **self.normalised, "data.rows": self._split()}
 
     def _split(self) -> str:
         digest = blake2b(digest_size=4)

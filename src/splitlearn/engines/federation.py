@@ -159,8 +159,8 @@ class Federation:
         listener = self.star = Hub(party, self.attempt.address, identity, limit, self.timeout, self._lost)
         self.post({"port": listener.port})
         listener.say = self._say
-        greetings = listener.gather(present, lambda other: check_greeting(greeting, other, party), self.join_timeout)
-        greetings[party] = greeting
+        others = listener.gather(present, lambda other: check_greeting(greeting, other, party), self.join_timeout)
+        greetings = {party: greeting, **others}
         self.wiring.check_gpus({name: each["gpu"] for name, each in greetings.items()})
         warn_of_threads(greetings)
         run, step = agree(greetings, self.attempt.run)

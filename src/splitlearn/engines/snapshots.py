@@ -76,8 +76,8 @@ def common_in(folders: Sequence[Path]) -> list[str]:
 def newest_common(offers: list[dict[str, list[int]]]) -> tuple[str, int] | None:
     """Return (run, step) of the newest snapshot that all have, each of whom offers `steps_in` his folder.
 
-    Of several runs in a folder the latest counts, however far an earlier one came; whose latest, should clocks or folders
-    differ, says the first.
+    Of several runs in a folder the latest counts, however far an earlier one came; which is the latest says
+    the first, should folders differ.
     """
     if not offers[0]:
         return None
