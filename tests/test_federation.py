@@ -241,7 +241,7 @@ def test_other_numbers_of_threads_are_warned_of(recwarn):
 
 
 def test_so_they_are_in_a_run(configure, tmp_path):
-    with pytest.raises((InputError, PartyLostError), match=r"threads differ \(alice0 2, bob 1\)"):
+    with pytest.raises((InputError, PartyLostError), match=r"threads differ \(bob 1, alice0 2\)"):
         run_tiny(configure, tmp_path, "engine=processes", "wire._target_=federated.MoreThreads")
 
 
@@ -273,6 +273,7 @@ def test_who_lacks_what_all_had_is_named():
 
 def test_a_resumed_run_goes_on_with_the_newest_of_all(tmp_path):
     assert newest_common([{RUN: [1, 2], OTHER: [9]}, {RUN: [2, 3], OTHER: [9]}]) == (OTHER, 9)
+    assert newest_common([{OTHER: [9], RUN: [1, 2]}, {RUN: [2, 3], OTHER: [9]}]) == (RUN, 2)  # a later run's
     assert newest_common([{RUN: [1]}, {RUN: [2]}]) is None
     for name in (f"{RUN}-step10.ckpt", f"{RUN}-step9.ckpt", "last.ckpt", f"{RUN}-step11.ckpt.tmp"):
         (tmp_path / name).touch()
@@ -304,7 +305,7 @@ def test_settings_out_of_range(settings, message):
         (["layout.cut=9"], r"`layout.cut` \(=9\) must lie between 1 and 3"),
         (["wire=grpc", "wire.tls=maybe"], r"`wire.tls` \(=maybe\)"),
         (["wire=grpc", "wire.certificates=nowhere"], "nowhere"),
-        (["wire._target_=federated.OneGpu"], "takes a GPU for each party, and alice0 and bob are on the same, GPU-7"),
+        (["wire._target_=federated.OneGpu"], "takes a GPU for each party, and bob and alice0 are on the same, GPU-7"),
         (["wire=nccl", "trainer.accelerator=cpu"], r"`wire` \(=nccl\) goes from GPU to GPU, and .* computes on cpu"),
         (["layout=vertical", "num_alices=2", "layout.cut=1", "engine.on_failure=skip"], "every Alice owns columns"),
         (["engine.party=mallory", "engine.address=127.0.0.1:29431"], "`engine.party` .*mallory.* must be one of"),

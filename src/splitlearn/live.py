@@ -83,7 +83,7 @@ class Live:
     def load_gradients(self, tensors: Mapping[str, Tensor]) -> None:
         """Make these the gradients of the weights of their names."""
         for name, tensor in tensors.items():
-            self.trained[name].grad = tensor
+            self.trained[name].grad = tensor.to(self.trained[name].device)  # from a checkpoint it comes on the CPU
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:

@@ -135,6 +135,12 @@ class SplitNetwork(nn.Module):
         blocks = [block for _, segment in self.program for block in segment._modules.items()]
         return ", ".join(f"{name} of {sum(p.numel() for p in fresh(m.parameters(), seen))}" for name, m in blocks)
 
+    @property
+    def texts(self) -> dict[str, str]:
+        """What torch prints of each block, in one line: its layers and their options."""
+        blocks = {name: block for _, segment in self.program for name, block in segment.named_children()}
+        return {name: " ".join(repr(block).split()) for name, block in blocks.items()}
+
     def check_sizes(self, smallest: Mapping[Party, int]) -> None:
         """Raises InputError when the smallest mini-batch of a party is one row, and a block cannot train on one."""
         averse = [name for _, segment in self.program for name in segment.averse]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from splitlearn.checks import described
 from splitlearn.data.alike import digests
 from splitlearn.data.holdout import hold_out, owners_of, rows_trained_on, still_held
 from splitlearn.data.loader import Augment, EvalLoader, TurnLoader
@@ -85,6 +86,7 @@ class SplitData(pl.LightningDataModule):
         if standardise:
             mean, std = _moments(source.train, train_ids, mean)
         self.columns = _columns(source, num_columns, columns)
+        self.normalised = {"data.mean": mean, "data.std": std}
         prepare = Normalise(mean, std, self.columns)
         self.rows = _rows(source.train, prepare, in_memory, num_workers)
         self.test_rows = self.rows if source.test is None else _rows(source.test, prepare, in_memory, num_workers)
@@ -95,13 +97,22 @@ class SplitData(pl.LightningDataModule):
 
     @property
     def kind(self) -> str:
-        """What a checkpoint must share with the run that goes on from it: whose rows are trained on, in which order."""
+        """What processes must share, and a checkpoint with the run that tests it: whose rows are trained on."""
+        return f"seed {self.seed}, batch size {self.batch_size}, {self._split()}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The same with all that is done to the rows, by the names of the configuration."""
+        batches = {"data.batch_size": self.batch_size, "data.augment": described(self.augment)}
+        return {"seed": self.seed, **batches, **self.normalised, "data.rows": self._split()}
+
+    def _split(self) -> str:
         digest = blake2b(digest_size=4)
         for ids in (self.val_ids, self.test_ids, self.owners, *self.shards.values(), *(self.columns or [])):
             digest.update(ids.numpy().tobytes())
         digest.update(str(self.alike).encode())
         rows = f"{len(self.rows)} rows" if self.ids is None else f"{len(self.rows)} rows of ids {self.ids}"
-        return f"seed {self.seed}, batch size {self.batch_size}, {rows} split as {digest.hexdigest()}"
+        return f"{rows} split as {digest.hexdigest()}"
 
     def keep(self, owners: Mapping[str, Role], plays: Callable[[Role], bool]) -> None:
         """Let go of what belongs to other processes' parties: fields by their `owners`, and other Alices' rows.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -126,6 +127,7 @@ class Streamed:
             batch_sampler=[rows.tolist() for rows, wants in zip(batches, wanted, strict=True) if wants],
             num_workers=self.num_workers,
             collate_fn=_collate,
+            multiprocessing_context=multiprocessing.get_all_start_methods()[0] if self.num_workers else None,
             pin_memory=device.type == "cuda",
         )
         read = iter(loader)
