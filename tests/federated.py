@@ -42,24 +42,36 @@ def tiny(num_classes: int) -> nn.Sequential:
 
 
 class Drifting(nn.Module):
-    """Scales by a buffer that training changes and that no `state_dict` has."""
+    """Scales by a buffer that training changes, or makes `anew`, and that no `state_dict` has unless `persistent`."""
 
-    def __init__(self) -> None:
+    def __init__(self, anew: bool = False, persistent: bool = False) -> None:
         super().__init__()
-        self.register_buffer("scale", torch.ones(()), persistent=False)
+        self.anew = anew
+        self.register_buffer("scale", torch.ones(()), persistent)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
+        if self.training and self.anew:
+            self.scale = self.scale + 0.01
+        elif self.training:
             self.scale += 0.01
         return self.scale * x
 
 
-def tied(num_classes: int) -> nn.Sequential:
+def tied(num_classes: int, **drifting: bool) -> nn.Sequential:
     """Behind the first two blocks, and behind the next four, a cut leaves what is tied with one party."""
     torch.manual_seed(1)
     act, drop, linear = nn.Tanh(), nn.Dropout(0.3), nn.Linear(9, 9)
-    first = nn.Sequential(nn.Flatten(), nn.Linear(24, 9), act, linear, act, drop, linear, Drifting())
+    first = nn.Sequential(nn.Flatten(), nn.Linear(24, 9), act, linear, act, drop, linear, Drifting(**drifting))
     blocks = {"block1": first, "block2": linear, "act": act, "drop": drop, "again": drop, "act2": act}
+    return nn.Sequential(OrderedDict(**blocks, head=nn.Linear(9, num_classes)))
+
+
+def tied_ends(num_classes: int) -> nn.Sequential:
+    """One layer in the head and in the tail of a U, and buffers that are made anew on both sides."""
+    torch.manual_seed(1)
+    linear = nn.Linear(9, 9)
+    first = nn.Sequential(nn.Flatten(), nn.Linear(24, 9), linear, Drifting(anew=True))
+    blocks = {"block1": first, "block2": nn.Sequential(nn.Linear(9, 9), Drifting(anew=True)), "block3": linear}
     return nn.Sequential(OrderedDict(**blocks, head=nn.Linear(9, num_classes)))
 
 

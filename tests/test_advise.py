@@ -192,6 +192,19 @@ def test_another_layout_is_said_to_be_left_aside(configure, capsys):
     assert "one cut between two parties, whatever `layout` (=u_shaped) says" in capsys.readouterr().out
 
 
+def tied(num_classes: int) -> nn.Sequential:
+    layer = nn.Linear(8, 8)
+    blocks = {"first": nn.Sequential(nn.Flatten(), nn.Linear(64, 8)), "second": layer, "act": nn.ReLU(), "third": layer}
+    return nn.Sequential(OrderedDict(**blocks, head=nn.Linear(8, num_classes)))
+
+
+def test_cuts_that_would_part_what_is_tied_are_left_out_and_it_says_so(configure, capsys):
+    cuts = advise(configure("model=custom", "model._target_=test_advise.tied", "layout.cut=1"))
+    assert [(cut.name, cut.parameters) for cut in cuts] == [("first", 520), ("third", 592)]
+    assert cuts[1].parameter_share == 592 / (592 + 90)
+    assert "No cut behind second, act: later blocks share their weights" in capsys.readouterr().out
+
+
 def test_without_matplotlib_there_is_no_picture_and_it_says_so(configure, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     advise(configure("model=lenet"))

@@ -1,8 +1,11 @@
 """results.json, the progress bar and TensorBoard hold what they promise, and change nothing."""
 
+import errno
 import io
 import json
 import math
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +21,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from splitlearn.callbacks import ProgressBar, Results
+from splitlearn.callbacks import ProgressBar, Results, write_whole
 from splitlearn.data import Source, SplitData
+from splitlearn.engines.simulated import SafeCheckpointIO
+from splitlearn.errors import InputError
 from splitlearn.layout import vertical
 from splitlearn.picture import who_has_what
 from splitlearn.watch import Watch, _strip, has_many_alices
@@ -330,3 +335,28 @@ def test_the_bar_of_a_resumed_run_goes_on(tmp_path, capfd):
     trainer = make_trainer(tmp_path, [ProgressBar(), counts], enable_progress_bar=True)
     trainer.fit(make_learner(data), datamodule=data, ckpt_path=tmp_path / "step=4.ckpt")
     assert counts.seen == [(10, 10)] * 2
+
+
+def test_a_short_run_has_curves_too(tmp_path):
+    recorder = Recorder()
+    fit(tmp_path, [Watch()], recorder, trainer={"log_every_n_steps": 100})
+    points = [(step, scalars) for step, scalars in recorder.logged if "lr/bob" in scalars]
+    assert [step for step, _ in points] == [10, 20]
+    assert {"grad_norm/alice", "bytes/alice0->bob/activation", "flops/alice0"} <= set(points[0][1])
+
+
+def test_what_cannot_be_written_is_told_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for write in (
+        lambda: write_whole(tmp_path / "file" / "results.json", "{}"),
+        lambda: SafeCheckpointIO().save_checkpoint({}, tmp_path / "file" / "last.ckpt"),
+    ):
+        with pytest.raises(InputError, match=r"file/.* cannot be written \(.*\): make room, or take a folder"):
+            write()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        write_whole(tmp_path / "results.json", "{}")

@@ -10,12 +10,12 @@ import splitlearn
 
 SRC = Path(splitlearn.__file__).parent
 LAYERS = [
-    *("seeds", "errors", "layout", "ledger", "link", "frame", "certificates", "sealing"),
+    *("seeds", "errors", "csv_file", "layout", "ledger", "link", "frame", "certificates", "sealing"),
     *("models.layers", "models.lenet", "models.mlp", "models.resnet", "models.vgg", "models.zoo", "models"),
-    *("wire", "cut", "segment", "network", "flops", "leakage", "cuts"),
+    *("wire", "cut", "blocks", "segment", "network", "flops", "leakage", "cuts"),
     *("averaging", "live", "partition", "sharing", "means", "schedule", "rounds", "tally", "checks", "timeline"),
     *("pace", "data.augment", "data.sources", "data.table", "data.own", "data.rows"),
-    *("data.holdout", "data.loader", "data.module", "data"),
+    *("data.alike", "data.holdout", "data.loader", "data.module", "data"),
     *("optimizers", "learner", "prediction"),
     *("drawing", "picture", "accuracy", "watch", "callbacks", "judging"),
     *("probe", "star", "hub", "transports", "remote"),

@@ -3,12 +3,14 @@
 from functools import partial
 
 import pytest
+import pytorch_lightning as pl
 import torch
-from helpers import ADAM, BLOCKS, SGD, make_rows, net
+from helpers import ADAM, BLOCKS, SGD, make_rows, net, run_blocks
 from pytorch_lightning.callbacks import Callback
 from runs import (
     TWO_PARTY,
     Plain,
+    batches_of,
     by_hand,
     difference,
     fit,
@@ -23,6 +25,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepL
 
 from splitlearn.errors import InputError
 from splitlearn.layout import whole
+from splitlearn.means import MeanGradient
 from splitlearn.network import SplitNetwork
 from splitlearn.optimizers import by_role
 from splitlearn.wire import Wire
@@ -141,3 +144,92 @@ def test_what_cannot_be_made_is_refused_before_training():
     network.requires_grad_(False)
     with pytest.raises(ValueError, match="there is nothing to train"):
         by_role(network, SGD, {})
+
+
+@pytest.mark.parametrize("num_batches", [2, 3, 4])
+def test_accumulated_gradients_are_those_of_the_plain_loop(num_batches, tmp_path):
+    """Every tenth mini-batch ends an epoch, and what is left then steps as in Lightning."""
+    model, data = net(), make_data()
+    optimizer = SGD(model.parameters())
+    for epoch in range(2):
+        for i, (x, y, number) in enumerate(batches_of(data, epoch)):
+            loss = nn.functional.cross_entropy(run_blocks(model.named_children(), x, number), y)
+            (loss / num_batches).backward()
+            if (i + 1) % num_batches == 0 or i == 9:
+                optimizer.step()
+                optimizer.zero_grad()
+    learner, trainer = fit(tmp_path, accumulate_grad_batches=num_batches)
+    assert trainer.global_step == 20
+    assert difference(weights(learner), list(model.state_dict().values())) == []
+
+
+def test_a_turn_ends_in_a_step(tmp_path):
+    """With five Alices of two mini-batches each, accumulating three steps behind every turn."""
+    steps = []
+
+    class Counted(torch.optim.SGD):
+        def step(self, closure=None):
+            steps.append(len(self.param_groups[0]["params"]))
+            return super().step(closure)
+
+    def make(parameters):
+        return Counted(parameters, lr=0.1)
+
+    data = make_data(num_alices=5)
+    learner = make_learner(data, make=make, accumulate_grad_batches=3)
+    steps.clear()
+    make_trainer(tmp_path, max_epochs=1).fit(learner, datamodule=data)
+    assert len(steps) == 2 * 5  # two roles
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rule"),
+    [
+        ({"alice": MeanGradient(), "bob": MeanGradient(), "turn": "step"}, r"does not fit `schedule.turn` \(=step\)"),
+        ({"turn": 3}, r"\(=2\) must divide `schedule.turn` \(=3\)"),
+    ],
+)
+def test_gradients_that_would_add_up_over_turns_are_refused(schedule, rule):
+    with pytest.raises(ValueError, match=rule):
+        make_learner(make_data(num_alices=2), schedule=schedule, accumulate_grad_batches=2)
+
+
+class Sharp(torch.optim.SGD):
+    """Takes two steps, as SAM does, and so needs a closure."""
+
+    def step(self, closure=None):
+        assert closure is not None, "needs a closure"
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam, Sharp])
+def test_an_optimizer_that_wants_more_than_gradients_is_refused(kind):
+    with pytest.raises(ValueError, match=rf"optimizer of alice \({kind.__name__}\) cannot step .* no closure"):
+        make_learner(make_data(), make=partial(kind, lr=0.1))
+
+
+@pytest.mark.parametrize("algorithm", ["value", "norm"])
+def test_a_role_without_gradients_is_passed_over(algorithm, tmp_path):
+    """An Alice who has no mini-batch in a step has none, in a process of her own."""
+    learner, _ = fit(tmp_path, gradient_clip_val=0.1, gradient_clip_algorithm=algorithm)
+    before = [weight.clone() for weight in weights(learner)]
+    learner.stepper.zero_grad()
+    learner.stepper.step(["alice", "bob"])
+    assert difference(weights(learner), before) == []
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        pl.callbacks.LearningRateFinder(),
+        pl.callbacks.BatchSizeFinder(),
+        pl.callbacks.StochasticWeightAveraging(0.1),
+        pl.callbacks.EMAWeightAveraging(),
+        pl.callbacks.GradientAccumulationScheduler({0: 2}),
+        pl.callbacks.BackboneFinetuning(),
+    ],
+    ids=lambda callback: type(callback).__name__,
+)
+def test_what_steps_an_optimizer_of_its_own_is_refused(callback, tmp_path):
+    data = make_data()
+    with pytest.raises(InputError, match=rf"`callbacks` \({type(callback).__name__}\) needs one optimizer"):
+        make_trainer(tmp_path, [callback]).fit(make_learner(data), datamodule=data)

@@ -79,7 +79,7 @@ def greeting(configure, party, root, *asked):
     cfg = configure(*ASKED, *asked, "engine=processes", f"engine.party={party}", f"data.root={root}")
     run = build(cfg, RemoteWire(party))
     same = {"version": "1", "torch": "2", "resumes": False, "config": shared_by_all(cfg)}
-    told = {**TOLD, "alike": run.data.alike(), "file": run.data.own_file}
+    told = {**TOLD, "alike": run.data.alike, "file": run.data.own_file}
     return {"party": party, **same, **told, **run.learner.kind(run.data)}, run.data.names
 
 
@@ -98,6 +98,14 @@ def test_files_of_other_rows_or_classes_are_refused(configure, tmp_path):
         assert differs.value.explain(nonsense) == str(differs.value)
     with pytest.raises(InputError, match=r"`data.source.classes` is .* at bob and .* at alice0"):
         check_greeting(hub, greeting(configure, "alice0", alice, "data.source.classes=[ill,well]")[0], "bob")
+
+
+@pytest.mark.slow
+def test_how_many_rows_differ_is_told_at_both_ends_and_soon(configure, tmp_path):
+    roots = {"bob": write(tmp_path, "bob.csv", "id", "diagnosis")}
+    roots["alice0"] = write(tmp_path, "other.csv", "id", *FEATURES, first=7)
+    with pytest.raises(InputError, match=r"bob lacks 7 of those of alice0, who lacks 7 .*bob waits no longer"):
+        federated(configure, tmp_path, roots)
 
 
 def test_ids_are_told_to_nobody_without_a_key_and_not_beyond_a_number(monkeypatch, configure, tmp_path):
@@ -161,6 +169,11 @@ def test_rows_stand_in_the_order_of_their_ids(tmp_path):
         ("id,age\np1,2,3\n", "FILE, line 2: 3 fields, but the header has 2"),
         ("id,age\np1,2\n\np2,3\np1,4\n", "FILE, line 5: id `p1` is that of FILE, line 2 too; remove one"),
         ("id,age\np1,old\n", "FILE, line 2: `old` is not a number"),
+        ("id,age\n,2\n", "FILE, line 2: the row has no id; fill it in, or remove the line"),
+        ("id,age\np1,\n", "FILE, line 2: column age has no value; fill it in"),
+        ("id,age\np\x001,2\n", "FILE, line 2: a NUL is no text; remove it"),
+        ("id,age\np1,1_000\n", "FILE, line 2: `1_000` is not a number of float32, in column age"),
+        ("id,diagnosis\np1,ill\np2,ill\n", "FILE: column diagnosis must hold two labels or more, not only ill"),
         ("id,age\np1,nan\n", "FILE, line 2: `nan` is not a number"),
         (
             "id,diagnosis\np1,ill\np2,dead\n",

@@ -204,8 +204,8 @@ def test_rows_go_where_the_file_says(tmp_path):
         ("id,party\n0,alice0\n\n0,alice1\n", "FILE, line 4, id 0: line 2 deals it already, each row once"),
         ("id,party\n0,alice2\n", "FILE, line 2, id 0: `alice2` is not among alice0 to alice1; see `num_alices`"),
         ("id,party\n0,bob\n", "FILE, line 2, id 0: `bob` is not among alice0 to alice1"),
-        ("id,party\n0,alice0\n1\n", "FILE, line 3, id 1: 1 fields, not an id and a party; mend or remove the line"),
-        ("id,party\n0,alice0,x\n", "FILE, line 2, id 0: 3 fields, not an id and a party"),
+        ("id,party\n0,alice0\n1\n", "FILE, line 3: 1 fields, but the header has 2; mend the line"),
+        ("id,party\n0,alice0,x\n", "FILE, line 2: 3 fields, but the header has 2; mend the line"),
         ("id,party\n0,alice0\n", "FILE has no line for 2 rows of the source, id 1, 2: give each row an owner"),
         ("id,party\n0,alice1\n1,alice1\n2,alice1\n", "FILE gives alice0 no row: give her one, or lower `num_alices`"),
         (f"id,party\n0,{'a' * 200_000}\n", "FILE, line 2: field larger than field limit (131072); mend or remove"),
@@ -220,7 +220,7 @@ def test_a_file_that_does_not_deal_every_row_once_is_refused(tmp_path, text, mes
 
 def test_many_missing_rows_are_named_in_short_and_a_missing_file_too(tmp_path):
     path = tmp_path / "parties.csv"
-    with refuses(f"`partition.path` (={path}) is not a file: name a CSV with the header id,party", FileNotFoundError):
+    with refuses(f"`partition.path` (={path}) is not a file: name a CSV with a header", FileNotFoundError):
         by_file(torch.zeros(3), 2, 0, path)
     path.write_text("id,party\n")
     with refuses(f"{path} has no line for 9 rows of the source, id 0, 1, 2, 3, 4, ...: give"):
@@ -266,3 +266,12 @@ def test_blocks_may_be_given_by_name():
 def test_columns_without_exactly_one_owner_are_refused(names, num_shards, blocks, message):
     with refuses(message):
         columns(names, num_shards, blocks)
+
+
+def test_a_file_of_another_encoding_is_refused_by_line_and_read_when_named(tmp_path):
+    path = tmp_path / "who.csv"
+    path.write_bytes("id,party\n0,alice0\n1,ålice1\n".encode("cp1252"))
+    with refuses(f"{path}, line 3: byte 0xe5 is not utf-8; save the file as UTF-8, or name its own in `partition.enc"):
+        by_file(torch.zeros(2), 2, 0, path)
+    path.write_bytes("id,party\n0,alice0\n1,alice1\n".encode("utf-16"))
+    assert [rows.tolist() for rows in by_file(torch.zeros(2), 2, 0, path, "utf-16")] == [[0], [1]]

@@ -5,10 +5,14 @@ from functools import partial
 import pytest
 import torch
 from helpers import ADAM, SGD, make_rows, net
+from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.precision import MixedPrecision
 from runs import by_hand, difference, fit, make_data, weights
 from torch import nn
+from torch.utils.data import TensorDataset
+
+from splitlearn.data import Source, SplitData
 
 BFLOAT16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 FLOAT16 = partial(torch.autocast, "cpu", dtype=torch.float16)
@@ -44,6 +48,19 @@ def test_64_true_trains_in_double(tmp_path):
     data.rows.fields["x"] = make_rows(39)[0].double()
     assert difference(weights(learner), by_hand(model=net().double(), data=data)[0]) == []
     assert learner.ledger.table()["alice0->bob"] == {"activation": 2 * 39 * 10 * 8}
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("64-true", torch.float64)])
+def test_float64_rows_are_in_the_precision_of_the_trainer(in_memory, precision, dtype):
+    x = torch.rand(20, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    source = Source(TensorDataset(x, torch.arange(20) % 2), None, 2)
+    data = SplitData(source, val_fraction=0.0, in_memory=in_memory)
+    assert data.sample()["x"].dtype == torch.float32  # by which a network takes its shapes
+    data.trainer = Trainer(precision=precision, accelerator="cpu", logger=False, enable_checkpointing=False)
+    data._place(data.rows)
+    (fields,) = data.rows.stream([torch.arange(20)], torch.device("cpu"))
+    assert torch.equal(fields["x"], x.to(dtype))  # 64-true loses nothing on the way
 
 
 def make_scaler():

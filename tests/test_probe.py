@@ -150,6 +150,16 @@ def test_nobody_another_service_and_another_wire_are_told_apart(folder):
             assert "does not speak TLS: it is another service" in find_fault(address, "bob", ours.ca, None).why
 
 
+def test_who_listens_and_says_nothing_is_not_taken_for_another_service(folder, monkeypatch):
+    """A slow way must not be told as a wrong certificate."""
+    monkeypatch.setattr("splitlearn.probe.PATIENCE", 0.2)
+    ca = load(folder / "ours", "bob")["bob"].ca
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        for trusted in (None, ca):
+            assert find_fault(address, "bob", trusted, None).why.startswith(f"no answer comes from {address}: open")
+
+
 def test_certificates_that_do_not_fit_are_told_apart(folder):
     ours, theirs = (load(folder / ca, "bob", "alice0") for ca in ("ours", "theirs"))
     with Ends() as ends:

@@ -1,9 +1,12 @@
 """One process per party trains to the same bits as the simulator, and sends the same bytes."""
 
+import json
+
 import pytest
 import torch
 from federated import run_tiny, weights_of
 from helpers import differences
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TWO_PARTY = "layout.cut=2"
 # (what is asked, whose checkpoints hold the weights that the simulator ends with, if one set of weights is left)
@@ -40,7 +43,12 @@ MORE = {
     "u_shaped, parallel": (["layout=u_shaped", "schedule=parallel"], ["bob", "server"]),
     "extended_vanilla": (["layout=extended_vanilla", "num_alices=2"], ["bob", "carol", "alice0", "alice1"]),
     "what stands twice, and unsaved buffers": (["model._target_=federated.tied"], ["bob", "alice2"]),
-    "the same, averaged": (["model._target_=federated.tied", "schedule=splitfed_v1"], ["bob", "server"]),
+    "u_shaped, tied ends": (["layout=u_shaped", "model._target_=federated.tied_ends"], ["bob", "alice2"]),
+    "u_shaped, tied ends, splitfed_v1": (
+        ["layout=u_shaped", "model._target_=federated.tied_ends", "schedule=splitfed_v1"],
+        ["bob", "server"],
+    ),
+    "what stands twice, averaged": (["model._target_=federated.tied", "schedule=splitfed_v1"], ["bob", "server"]),
     "vertical, columns": (
         ["layout=vertical", "num_alices=2", "partition=columns", "data.columns=[[0,1,5],[2,3,4]]"],
         ["bob", "alice0", "alice1"],
@@ -81,6 +89,7 @@ def test_batch_norm_in_micro_batches_is_warned_of(configure, tmp_path):
         run_tiny(configure, tmp_path, "micro_batches=2", "data.batch_size=14", "trainer.max_epochs=1")
 
 
+CLIPPED_BY_VALUE = ("trainer.gradient_clip_val=0.1", "trainer.gradient_clip_algorithm=value")
 BESIDE = ["gloo", "wire._target_=federated.BesideByGloo"]
 
 
@@ -117,9 +126,32 @@ def test_every_scheme_and_layout_equals_the_simulator_over_grpc(asked, holders, 
         ["schedule=fedavg", "trainer.max_steps=15"],  # which ends in mid-round
         ["schedule=splitfed_v1", "schedule.turn=2", "trainer.val_check_interval=5", "trainer.max_steps=13"],
         ["layout.cut=2", "data.in_memory=false", "trainer.gradient_clip_val=0.1", "scheduler=plateau"],
+        ["layout.cut=2", "trainer.accumulate_grad_batches=3", "callbacks.checkpoint.monitor=val/loss", "test=best"],
+        ["schedule=parallel", "schedule.participation=0.67", *CLIPPED_BY_VALUE],
     ],
-    ids=["TensorBoard", "max_steps", "validation in mid-round", "streamed, clipped, plateau"],
+    ids=[
+        "TensorBoard",
+        "max_steps",
+        "validation in mid-round",
+        "streamed, clipped, plateau",
+        "accumulated",
+        "by value",
+    ],
 )
 def test_what_a_trainer_is_asked_holds_for_processes(asked, configure, tmp_path):
     simulated = run_tiny(configure, tmp_path / "simulated", "num_alices=3", *asked)
     assert run_tiny(configure, tmp_path / "run", "num_alices=3", *asked, "engine=processes") == simulated
+
+
+def test_curves_of_a_party_are_of_the_whole_or_say_whose_they_are(configure, tmp_path):
+    asked = ["num_alices=2", "trainer.max_epochs=1", "engine=processes"]
+    run_tiny(configure, tmp_path, *asked, "logger=tensorboard")
+    (epoch,) = json.loads((tmp_path / "results.json").read_text())["epochs"]
+    for party in ("alice0", "alice1", "bob"):
+        events = EventAccumulator(str(tmp_path / party / "tensorboard"))
+        events.Reload()
+        (point,) = events.Scalars("cost/val_accuracy_by_bytes")
+        assert point.step == epoch["bytes"]
+        tags = {tag for tag in events.Tags()["scalars"] if tag.startswith("bytes/")}
+        assert tags
+        assert all(party in tag for tag in tags)

@@ -147,6 +147,10 @@ CASES = {
     "u-shaped": ({"layout": U_SHAPED}, ["5", "end0"]),
     "16-mixed": ({"plugins": [half_precision], "make": ADAM}, ["1", "5", "end0"]),
     "bf16-mixed": ({"trainer": {"precision": "bf16-mixed"}}, ["5", "end0"]),
+    "64-true": ({"trainer": {"precision": "64-true"}, "make": ADAM}, ["5", "end0"]),
+    # gradients of one, two and no mini-batches wait
+    "accumulated gradients": ({"accumulate_grad_batches": 3, "scheduler": STEP, "interval": "step"}, ["4", "5", "6"]),
+    "the same, five alices": ({**scheme(alice=Average("keep")), "accumulate_grad_batches": 3}, ["5", "6", "7"]),
 }
 
 

@@ -35,18 +35,20 @@ def test_another_split_of_the_rows_is_refused(tmp_path):
     """Under another seed, rows held out for the test would be trained on."""
     ckpt, other = saved(tmp_path), make_data()
     other.seed, other.shards = 8, {"alice0": torch.arange(39).flip(0)}
-    with pytest.raises(InputError, match=rf"`ckpt` is of another data: seed {SEED}.*, this run has seed 8"):
+    with pytest.raises(
+        InputError, match=rf"`ckpt` is of another run: `seed` is {SEED} in the checkpoint and 8 here; `data.rows` is"
+    ):
         go_on(tmp_path, ckpt, other)
 
 
 def test_another_batch_size_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"another data: .*batch size 4.*batch size 5"):
+    with pytest.raises(InputError, match=r"run: `data.batch_size` is 4 in the checkpoint and 5 here: resume"):
         go_on(tmp_path, saved(tmp_path), make_data(batch_size=5))
 
 
 def test_another_learning_rate_is_refused(tmp_path):
     """Lightning would go on at the checkpoint's, whatever was typed."""
-    with pytest.raises(InputError, match=r"another optimizer: .*lr=0.1.*lr=0.5"):
+    with pytest.raises(InputError, match=r"run: `optimizer.lr` is 0.1 in the checkpoint and 0.5 here: resume"):
         go_on(tmp_path, saved(tmp_path, make=rate(0.1)), make_data(), rate(0.5))
 
 

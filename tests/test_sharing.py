@@ -181,8 +181,9 @@ def test_an_average_starts_everybody_alike_and_counts_samples():
         fill(live, value)
         sharing.give(live, alice, num_rows)
     sharing.end_round(live)
-    count = live.weights.pop("bottom.1.num_batches_tracked")
-    assert values(live.weights) == 4
+    weights = live.weights
+    count = weights.pop("bottom.1.num_batches_tracked")
+    assert values(weights) == 4
     assert (count.item(), count.dtype) == (10, torch.int64)
     both_ways = {"server->{}": {"weights": WEIGHTS}, "{}->server": {"weights": WEIGHTS}}
     assert live.wire.ledger.table() == {

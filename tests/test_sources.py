@@ -16,7 +16,9 @@ from torch.utils.data import IterableDataset, TensorDataset
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST
 
 from splitlearn.data import Source
+from splitlearn.data.rows import Normalise, Streamed, load
 from splitlearn.data.sources import cifar10, cifar100, datasets, digits, fashion_mnist, image_folder, mnist
+from splitlearn.errors import InputError
 
 IDX = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 
@@ -68,7 +70,7 @@ def write_classes(root: Path, *folders: str) -> Path:
 
 
 def test_digits():
-    train, test, num_classes, _ = digits()
+    train, test, num_classes, *_ = digits()
     x, y = train.tensors
     assert (x.shape, x.dtype, y.dtype) == ((1797, 1, 8, 8), torch.float32, torch.int64)
     assert (x.min(), x.max(), sorted(set(y.tolist()))) == (0, 1, list(range(10)))
@@ -79,7 +81,7 @@ def test_digits():
 @pytest.mark.parametrize(("source", "name"), [(mnist, "MNIST"), (fashion_mnist, "FashionMNIST")])
 def test_idx_files_come_as_they_are(tmp_path, source, name):
     arrays = write_idx(tmp_path / name / "raw")
-    train, test, num_classes, _ = source(str(tmp_path))
+    train, test, num_classes, *_ = source(str(tmp_path))
     for part, prefix in ((train, "train"), (test, "t10k")):
         x, y = part.tensors
         assert (x.dtype, y.dtype) == (torch.uint8, torch.int64)
@@ -196,7 +198,7 @@ def test_damaged_cifar_names_folder_and_file(tmp_path, monkeypatch, name):
 
 def test_train_and_test_folders(tmp_path):
     write_classes(tmp_path, "train/dog", "train/cat", "test/dog", "test/cat")
-    train, test, num_classes, _ = image_folder(tmp_path)
+    train, test, num_classes, *_ = image_folder(tmp_path)
     assert (len(train), len(test), num_classes) == (4, 4, 2)
     x, label = train[3]
     assert (x.shape, x.dtype, label) == ((3, 6, 4), torch.uint8, 1)
@@ -325,6 +327,13 @@ def test_num_classes_may_be_given():
         (Own([PAIR]), Own([]), 2, ["`test` (=Own) has 0 samples"]),
         (Stream(), None, 2, ["`train` (=Stream) must have __getitem__ and __len__", "TensorDataset first"]),
         (3, None, 2, ["`train` (=int) must have __getitem__ and __len__"]),
+        (
+            Own([((PAIR[0], PAIR[0]), 1)]),
+            None,
+            2,
+            ["`train` (=Own) gives x as tuple, not as one tensor: join its parts"],
+        ),
+        (Own([({"age": PAIR[0]}, 1)]), None, 2, ["`train` (=Own) gives x as dict, not as one tensor: join its parts"]),
         (Own([torch.zeros(3)]), None, 2, ["`train` (=Own) must have items (tensor, int label)", "wrap it"]),
         (Own([(PAIR[0], 0.5)]), None, 2, ["`train` (=Own) must have items (tensor, int label)"]),
         (Own([PAIR]), Own([{"x": 1, "y": 2}]), 2, ["`test` (=Own) must have items"]),
@@ -348,3 +357,45 @@ def test_an_error_of_the_users_own_is_not_hidden():
 
     with refuses(ValueError, "my own"):
         datasets(Broken([PAIR]), num_classes=2)
+
+
+@pytest.mark.parametrize("layout", ["", "train/"])
+def test_hidden_folders_and_files_are_no_classes_and_no_pictures(tmp_path, layout):
+    write_classes(tmp_path / "plain", f"{layout}dog", f"{layout}cat")
+    hidden = [".ipynb_checkpoints", "__MACOSX", "System Volume Information", "$RECYCLE.BIN", "@eaDir", "lost+found"]
+    shown = [f"{layout}dog", f"{layout}cat"]
+    write_classes(
+        tmp_path / "left", *shown, *(f"{layout}{name}" for name in hidden), *(f"{shown[0]}/{n}" for n in hidden)
+    )
+    (tmp_path / "left" / shown[0] / "._a.png").write_bytes(b"AppleDouble")
+    plain, left = (image_folder(tmp_path / name).train for name in ("plain", "left"))
+    assert left.classes == plain.classes == ["cat", "dog"]
+    names = [[Path(path).relative_to(part.root) for path, _ in part.samples] for part in (plain, left)]
+    assert names[0] == names[1]
+
+
+def test_labels_of_one_column_equal_flat_ones():
+    x, y = torch.zeros(3, 2), torch.tensor([0, 2, 1])
+    for rows in (TensorDataset(x, y[:, None]), Own([(a, b) for a, b in zip(x, y[:, None], strict=True)])):
+        assert load(rows)[1].tolist() == [0, 2, 1]
+    with refuses(ValueError, "labels have shape [3, 2]", "[N] or [N, 1]"):
+        load(TensorDataset(x, torch.zeros(3, 2)))
+
+
+def test_rows_of_unequal_shape_are_named():
+    with refuses(ValueError, "one row has shape [1, 2, 2] and another [3]: rows must be of one shape", "pad or crop"):
+        load(Own([PAIR, (torch.zeros(3), 0)]))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_goes_wrong_in_mid_run_is_one_line_with_workers_too(tmp_path, num_workers):
+    write_classes(tmp_path, "dog", "cat")
+    path = tmp_path / "cat/a.png"
+    Image.effect_noise((64, 64), 50).save(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+    damaged = image_folder(tmp_path, image_size=4).train
+    ragged = Own([PAIR, (torch.zeros(3), 0)])
+    for rows, said in ((damaged, f"{path} cannot be read as"), (ragged, "one row has shape [1, 2, 2] and another [3]")):
+        stream = Streamed(rows, Normalise(), num_workers).stream([torch.arange(2)], torch.device("cpu"))
+        with pytest.raises(InputError, match=f"^{re.escape(said)}[^\\n]*$"):
+            next(stream)

@@ -240,6 +240,16 @@ def test_a_hub_that_is_not_patient_waits_for_nobody_who_comes_in_vain(ends):
         hears.result(PATIENCE)
 
 
+def test_who_waits_hears_that_the_hub_has_ended(ends):
+    hub = ends.hub()
+    join = ends.pool.submit(ends.member("alice0", hub.port).join, {"party": "alice0"}, PATIENCE)
+    with pytest.raises(InputError, match="alice1 did not come"):
+        hub.gather(PARTIES, lambda greeting: None, 0.5)
+    hub.server.stop(0)
+    with pytest.raises(InputError, match=r"^bob ended, or does not answer, before all had come"):
+        join.result(PATIENCE)
+
+
 def test_another_service_of_grpc_is_told_from_the_hub(ends):
     server = grpc.server(ThreadPoolExecutor(1))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -360,6 +370,12 @@ def test_why_somebody_gives_up_is_cut_and_escaped(ends):
         assert who == "alice0"
         assert why.startswith(r"\x1b[2J\nxxx")
         assert len(why) < 700
+
+
+def test_a_long_reason_is_cut_so_that_it_is_heard(ends):
+    stars, _ = ends.meet()
+    stars["alice0"].give_up(LARGEST_NOTE * "x")
+    assert [heard(ends, party) for party in ("bob", "alice1")] == 2 * [("alice0", 600 * "x" + "...")]
 
 
 def test_all_hear_why_one_gives_up(ends):

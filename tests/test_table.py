@@ -26,7 +26,7 @@ def test_columns_are_numbers_and_labels_are_numbered_as_they_sort(tmp_path):
     x, y = source.train.tensors
     assert torch.equal(x, torch.tensor([[63, 145.5], [41, 100], [7, -3]]))
     assert y.tolist() == [1, 0, 1]  # ill, well
-    assert source[1:] == (None, 2, ["age", "pressure"])
+    assert source[1:] == (None, 2, ["age", "pressure"], ["ill", "well"])
 
 
 def test_a_test_file_takes_the_classes_of_the_training_file(tmp_path):
@@ -53,9 +53,25 @@ def test_owners_of_named_columns_get_theirs(tmp_path):
         ("age,diagnosis\n\n1,ill,2\n", "FILE, line 3: 3 fields, but the header has 2; mend the line"),
         (
             "age,diagnosis\n1,ill\nold,well\n",
-            "FILE, line 3: `old` is not a number of float32; fill it in, or remove its line",
+            "FILE, line 3: `old` is not a number of float32, in column age; mend it, or remove its line",
         ),
-        ("age,diagnosis\n,ill\n", "FILE, line 2: `` is not a number"),
+        ("age,diagnosis\n,ill\n", "FILE, line 2: column age has no value; fill it in, or remove its line or column"),
+        ("age,diagnosis\n1,\n", "FILE, line 2: column diagnosis has no label; fill it in, or remove the line"),
+        ("age,diagnosis\n1_000,ill\n", "FILE, line 2: `1_000` is not a number of float32, in column age"),
+        ("age,diagnosis\n\u0661\u0662,ill\n", "FILE, line 2: `\u0661\u0662` is not a number"),
+        ("age,diagnosis\ninf,ill\n", "FILE, line 2: `inf` is not a number"),
+        ("age,diagnosis\n1,i\0ll\n", "FILE, line 2: a NUL is no text; remove it"),
+        ('age,diagnosis\n1,"ill\n2,well\n', "FILE, line 3: unexpected end of data; mend or remove the line"),
+        (
+            "age;diagnosis\n1;ill\n",
+            "FILE, line 1: the header (age;diagnosis) must name two columns or more, all different; it seems to be "
+            "separated by ';': say 'data.delimiter=\";\"'",
+        ),
+        ("age\tdiagnosis\n1\till\n", "FILE, line 1: the header (age\tdiagnosis) must name two columns or more"),
+        (
+            "age,diagnosis\n" + "".join(f"1,{i / 3}\n" for i in range(30)),
+            "FILE: column diagnosis has 30 different values in 30 rows, which are no classes: name another",
+        ),
         ("age,diagnosis\nnan,ill\n", "FILE, line 2: `nan` is not a number"),
         ("age,diagnosis\n1e60,ill\n", "FILE, line 2: `1e60` is not a number of float32"),
         ("age,diagnosis\n1,ill\n2,ill\n", "FILE: column diagnosis must hold two labels or more, not only ill"),
@@ -83,3 +99,64 @@ def test_a_test_file_that_does_not_fit_is_refused(tmp_path, text, message):
 def test_a_missing_file_is_named(tmp_path):
     with refuses(f"`data.root` (={tmp_path / 'no.csv'}) is not a file: name a CSV with a header", FileNotFoundError):
         table(tmp_path / "no.csv", "diagnosis")
+
+
+def test_text_of_another_encoding_is_refused_and_read_when_named(tmp_path):
+    path = tmp_path / "patients.csv"
+    text = "age,diagnosis\n1,kränk\n2,krönk\n3,gesund\n"  # with replacement characters two classes, not three
+    path.write_bytes(text.encode("cp1252"))
+    with refuses(f"{path}, line 2: byte 0xe4 is not utf-8; save the file as UTF-8, or name its own in `data.encoding`"):
+        table(path, "diagnosis")
+    with refuses("`data.encoding` (=latin-nonsense): unknown encoding"):
+        table(path, "diagnosis", encoding="latin-nonsense")
+    named = table(path, "diagnosis", encoding="cp1252").classes
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_bytes(text.encode(encoding))
+        assert table(path, "diagnosis").classes == named == ["gesund", "kränk", "krönk"]
+
+
+def test_other_delimiters_and_columns_called_by_numbers(tmp_path):
+    path = write(tmp_path, "1;2;3\n5;ill;7\n6;well;8\n")
+    expected = table(write(tmp_path, "1,2,3\n5,ill,7\n6,well,8\n", "commas.csv"), "2")
+    found = table(path, 2, delimiter=";")
+    assert found[3:] == expected[3:] == (["1", "3"], ["ill", "well"])
+    assert torch.equal(found.train.tensors[0], expected.train.tensors[0])
+    tabs = write(tmp_path, "1\t2\t3\n5\till\t7\n6\twell\t8\n", "tabs.csv")
+    assert all(table(tabs, 2, delimiter=tab)[3:] == expected[3:] for tab in ("\t", "\\t"))
+    with refuses("`data.delimiter` (=';;') must be one character"):
+        table(path, 2, delimiter=";;")
+
+
+@pytest.mark.parametrize("chosen", [{"features": ["3"]}, {"features": [3]}, {"drop": [1, "name"]}])
+def test_chosen_columns_equal_a_file_that_has_only_them(tmp_path, chosen):
+    path = write(tmp_path, "1,name,2,3\n5,ann,ill,7\n6,bob,well,8\n")
+    only = table(write(tmp_path, "2,3\nill,7\nwell,8\n", "only.csv"), "2")
+    found = table(path, "2", **chosen)
+    assert (found.columns, found.train.tensors[0].tolist()) == (only.columns, only.train.tensors[0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (
+            {"features": ["height"]},
+            "`data.features` has `height`, which is no column of numbers of FILE: age, pressure",
+        ),
+        ({"drop": ["diagnosis"]}, "`data.drop` has `diagnosis`, which is no column of numbers of FILE: age, pressure"),
+        ({"drop": "age"}, "`data.drop` (=age) must be a list: data.drop=[age]"),
+        ({"features": ["age", "age"]}, "`data.features` (=['age', 'age']) must name columns, each once"),
+        ({"features": ["age"], "drop": ["pressure"]}, "`data.features` (=['age']) must name columns, each once, and"),
+        ({"drop": ["age", "pressure"]}, "`data.drop` (=['age', 'pressure']) leaves no column of FILE: keep one"),
+    ],
+)
+def test_columns_that_cannot_be_chosen_are_refused(tmp_path, chosen, message):
+    path = write(tmp_path, PATIENTS)
+    with refuses(message.replace("FILE", str(path))):
+        table(path, "diagnosis", **chosen)
+
+
+def test_a_running_id_is_warned_of_by_name(tmp_path):
+    path = write(tmp_path, "no,age,diagnosis\n" + "".join(f"{i},{i % 9},{i % 2}\n" for i in range(30)))
+    with pytest.warns(UserWarning, match="column no has whole numbers, all different, as an id has"):
+        table(path, "diagnosis")
+    table(path, "diagnosis", drop=["no"])

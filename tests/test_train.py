@@ -113,6 +113,12 @@ MISFITS = {
     "steps_per_execution=0": ["`steps_per_execution` (=0) must be at least 1"],
     "seed=-1": ["`seed` (=-1) must be a whole number from 0 to 4294967295"],
     "seed=null": ["`seed` (=None) must be a whole number"],
+    "test=first": ["`test` (=first) must be last or best"],
+    "test=best": ["`test` (=best) needs a checkpoint callback", "callbacks.checkpoint.monitor=val/accuracy"],
+    "weights=nowhere.ckpt": ["`weights` (=nowhere.ckpt) is not a file"],
+    "trainer.accumulate_grad_batches=0": [
+        "`trainer.accumulate_grad_batches` (=0) must be a whole number of at least 1"
+    ],
     "ckpt=nowhere.ckpt": ["`ckpt` (=nowhere.ckpt) is not a file", "leave `ckpt` out"],
 }
 
@@ -213,15 +219,100 @@ def test_ckpt_goes_on_as_if_never_interrupted(checkpoint, configure, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     {
-        "layout.cut=2": ["`ckpt` is of another layout", "bottom(x)=[hidden1] ", "bottom(x)=[hidden1, hidden2]"],
-        "model.hidden_sizes=[32,32]": ["`ckpt` is of another model", "hidden1 of 8320", "hidden1 of 2080"],
-        "optimizer=adam": ["`ckpt` is of another optimizer", "bob: SGD", "bob: Adam", "without `ckpt`"],
-        "num_alices=2": ["`ckpt` is of another num_alices: 1, this run has 2"],
+        "layout.cut=2": [
+            "`ckpt` is of another run: `layout` is",
+            "bottom(x)=[hidden1] ",
+            "bottom(x)=[hidden1, hidden2]",
+        ],
+        "model.hidden_sizes=[32,32]": ["`ckpt` is of another run: `model` is", "hidden1 of 8320", "hidden1 of 2080"],
+        "optimizer=adam": ["`ckpt` is of another run: `optimizer` is SGD in the checkpoint and Adam here", "`weights`"],
+        "num_alices=2": ["`ckpt` is of another run: `num_alices` is 1 in the checkpoint and 2 here"],
     }.items(),
 )
 def test_a_checkpoint_of_another_run_is_refused(overrides, message, checkpoint, configure):
     with refuses(InputError, *message):
         train(configure("trainer.max_epochs=2", "logger=none", overrides, f"ckpt={checkpoint}"))
+
+
+def test_of_another_run_only_what_differs_is_named(checkpoint, configure):
+    changed = {
+        "optimizer.lr": (0.1, 0.01),
+        "schedule.turn": ("epoch", 3),
+        "loss": [f"NLLLoss(reduction={kind}, ignore_index=-100, weight=None)" for kind in ("mean", "sum")],
+        "scheduler": (None, "StepLR(step_size=10, gamma=0.1)"),
+        "trainer.gradient_clip_val": (None, 1.0),
+        "trainer.accumulate_grad_batches": (1, 3),
+        "micro_batches": (1, 2),
+        "trainer.precision": ("32-true", "bf16-mixed"),
+        "trainer.limit_train_batches": (2, 4),
+        "seed": (0, 1),
+        "data.batch_size": (64, 32),
+        "data.augment": (None, "crop_and_flip()"),
+        "data.mean": (None, [0.5]),
+        "data.std": (None, [0.25]),
+    }
+    made = ("loss", "scheduler", "data.augment")
+    asked = [f"{key}={now}".replace(" ", "") for key, (_, now) in changed.items() if key not in made]
+    augment = "{_target_: splitlearn.data.augment.crop_and_flip, _partial_: true}"
+    asked += ["scheduler=step", "+loss.reduction=sum", f"data.augment={augment}", f"ckpt={checkpoint}", "logger=none"]
+    with refuses(
+        InputError, *(f"`{key}` is {was} in the checkpoint and {now} here" for key, (was, now) in changed.items())
+    ):
+        train(configure(*asked, "trainer.max_epochs=2"))
+    with refuses(InputError, "another run: `model.hidden1` is", "Dropout", "here: resume with what the checkpoint has"):
+        train(
+            configure(
+                "trainer.max_epochs=2", "trainer.limit_train_batches=2", "model.dropout=0.5", f"ckpt={checkpoint}"
+            )
+        )
+
+
+def test_weights_alone_start_a_run_that_is_otherwise_free(checkpoint, configure, tmp_path):
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    free = ("layout=u_shaped", "layout.cuts=[1,2]", "optimizer=adam", "data.batch_size=32", "num_alices=2")
+    learner = build(configure(*free, "logger=none", f"weights={checkpoint}")).learner
+    for name, value in learner.network.state_dict().items():
+        block = name.split(".", 2)[2]
+        assert torch.equal(value, next(v for key, v in saved.items() if key.endswith(f".{block}"))), name
+    train(configure(*free, *QUICK, f"weights={checkpoint}"))
+    with refuses(InputError, "`weights`", "does not fit", "hidden1", "there and", "here", "take the `model`"):
+        train(configure("logger=none", "model.hidden_sizes=[32,640]", f"weights={checkpoint}"))
+    with refuses(InputError, "`weights`", "starts a run", "`ckpt`", "take one"):
+        train(configure("logger=none", f"weights={checkpoint}", f"ckpt={checkpoint}"))
+    with refuses(InputError, "`weights`", "has the weights of all parties", "ckpt=FOLDER"):
+        train(configure("logger=none", "engine=processes", f"weights={checkpoint}"))
+
+
+def test_weights_of_each_alice_start_nothing(configure, tmp_path):
+    train(configure(*QUICK, "schedule=splitfed_v3", "num_alices=2"))
+    with refuses(InputError, "`weights`", "has weights of each Alice"):
+        build(configure("logger=none", f"weights={tmp_path}/run/checkpoints/last.ckpt"))
+
+
+def test_the_best_checkpoint_is_tested_where_asked_for(configure, tmp_path, caplog):
+    """The first epoch's is, where every further one is worse."""
+    monitor = ("callbacks.checkpoint.monitor=val/loss", "optimizer.lr=0.05", "trainer.limit_train_batches=3")
+    rises = ("scheduler=step", "scheduler.scheduler.step_size=1", "scheduler.scheduler.gamma=-20")
+    train(configure("trainer.max_epochs=1", "logger=none", *monitor))
+    first = results(tmp_path / "run")["test"]
+    with caplog.at_level("INFO"):
+        train(configure("trainer.max_epochs=2", "logger=none", *monitor, *rises, "test=best"))
+    assert results(tmp_path / "run")["test"] == first
+    assert "Tests the best checkpoint" in caplog.text
+    with caplog.at_level("INFO"):
+        train(configure("trainer.max_epochs=2", "logger=none", *monitor, *rises))
+    assert results(tmp_path / "run")["test"] != first
+    assert "Tests the last weights; test=best would test" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    asked = ("+experiment=digits_2party", "trainer.max_epochs=1", f"output_dir={tmp_path}/file/run")
+    done = command(*asked, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("splitlearn: ")
+    assert f"{tmp_path}/file" in done.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04" + bytes(100)])

@@ -79,7 +79,8 @@ def advise(cfg: DictConfig) -> list[Cut]:
         schedule = _schedule(cfg)
         facts = _find(cfg.copy())
         terms = _terms(cfg, schedule, facts.shards)
-        cuts = compare(measure(facts.blocks, facts.x, facts.is_real), terms)
+        blocks = measure(facts.blocks, facts.x, facts.is_real)
+        cuts = compare(blocks, terms)
     kind = _name(cfg.layout)
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,6 +90,7 @@ def advise(cfg: DictConfig) -> list[Cut]:
     console.print(_table(cuts, f"{_name(cfg.data.source)}: {sum(facts.shards):,} rows, {_alices(len(facts.shards))}"))
     has_link, precision = terms.seconds is not None, cfg.trainer.precision
     carries = terms.transfers > 0 and getattr(schedule.alice, "optimizer_state", "") == "carry" and _has_state(cfg)
+    tied = [block.name for block in blocks if block.tied]
     notes = {
         "K: from so many Alices on, FedAvg sends more than handing weights on, peer to peer or by the server": True,
         "s: of transfer, one message after the other; in a run's link/seconds Alices side by side overlap": has_link,
@@ -96,6 +98,7 @@ def advise(cfg: DictConfig) -> list[Cut]:
         "bytes/epoch: without the optimizer's state, which `schedule.alice.optimizer_state` (=carry) sends": carries,
         f"No data in {cfg.data.get('root')}, so by their shape alone: rows dealt evenly, no leakage": not facts.is_real,
         f"Each line is one cut between two parties, whatever `layout` (={kind}) says": kind != "two_party",
+        f"No cut behind {', '.join(tied)}: later blocks share their weights, so one party has both": bool(tied),
         "No advice.png: matplotlib is not installed": not drawn,
         f"output: {folder}": True,
     }

@@ -20,15 +20,17 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from splitlearn.blocks import check_blocks
 from splitlearn.data import SplitData
-from splitlearn.engines.simulated import SafeCheckpointIO
-from splitlearn.errors import InputError
+from splitlearn.engines.simulated import SafeCheckpointIO, monitoring, start_from
+from splitlearn.errors import InputError, outside
 from splitlearn.learner import SplitLearner
-from splitlearn.network import SplitNetwork, check_blocks
+from splitlearn.network import SplitNetwork
 from splitlearn.wire import Wire
 
 LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
-READ_BY_SOURCE = ("source", "root", "download", "image_size", "label")
+LONGEST_LINE = 10_000  # characters of an error
+READ_BY_SOURCE = ("source", "root", "download", "image_size", "label", "features", "drop", "encoding", "delimiter")
 MAKING = (
     InstantiationException,
     MisconfigurationException,
@@ -77,7 +79,10 @@ def build(cfg: DictConfig, wire: Wire | None = None) -> Run:
     schedule = make(_without(cfg.schedule, ("sets",)), takers, seed=cfg.seed)
     learner = _make_learner(cfg, network, schedule, source.num_classes)
     _check_micro_batches(learner, data.batch_size)
-    return Run(data, learner, _make_trainer(cfg))
+    trainer = _make_trainer(cfg)
+    if cfg.weights is not None:
+        start_from(cfg.weights, learner, trainer.precision_plugin)
+    return Run(data, learner, trainer)
 
 
 def _check_micro_batches(learner: SplitLearner, batch_size: int) -> None:
@@ -95,8 +100,15 @@ def _check(cfg: DictConfig) -> None:
         raise InputError(f"`seed` (={cfg.seed}) must be a whole number from 0 to {LARGEST_SEED}")
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise InputError(f"{', '.join(f'`{key}`' for key in missing)} must be given: {missing[0]}=...")
-    if cfg.ckpt is not None and not Path(cfg.ckpt).is_file():
-        raise InputError(f"`ckpt` (={cfg.ckpt}) is not a file: name a checkpoint, or leave `ckpt` out to train anew")
+    for key in ("ckpt", "weights"):
+        if cfg[key] is not None and not Path(cfg[key]).is_file():
+            raise InputError(
+                f"`{key}` (={cfg[key]}) is not a file: name a checkpoint, or leave `{key}` out to train anew"
+            )
+    if cfg.ckpt is not None and cfg.weights is not None:
+        raise InputError(f"`weights` (={cfg.weights}) starts a run and `ckpt` (={cfg.ckpt}) goes on with one: take one")
+    if cfg.test not in ("last", "best"):
+        raise InputError(f"`test` (={cfg.test}) must be last or best")
 
 
 def _bring(cfg: DictConfig) -> None:
@@ -127,7 +139,8 @@ def as_input_error() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    """Return what an error says; text of another party or of a file may be in it, and is escaped."""
+    return outside(" ".join(str(error).split()), LONGEST_LINE)
 
 
 def _make_learner(cfg: DictConfig, network: SplitNetwork, schedule: Any, num_classes: int) -> SplitLearner:
@@ -146,21 +159,28 @@ def _make_learner(cfg: DictConfig, network: SplitNetwork, schedule: Any, num_cla
         gradient_clip_algorithm=cfg.trainer.gradient_clip_algorithm,
         steps_per_execution=cfg.steps_per_execution,
         micro_batches=cfg.micro_batches,
+        accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
         **make(cfg.scheduler),
     )
 
 
 def _make_trainer(cfg: DictConfig) -> pl.Trainer:
-    """Lightning refuses to clip in manual optimization, so the learner clips."""
+    """Lightning refuses to clip and to accumulate in manual optimization, so the learner does."""
     trainer = make(
         cfg.trainer,
         gradient_clip_val=None,
+        accumulate_grad_batches=1,
         logger=list(make(cfg.logger).values()),
         callbacks=_make_callbacks(cfg),
         plugins=[SafeCheckpointIO(), LightningEnvironment()],  # whatever starts the process, Lightning need not know
     )
     if trainer.world_size != 1:
         raise InputError(f"`trainer.devices` (={cfg.trainer.devices}) must be 1: the parties of a run share one device")
+    if cfg.test == "best" and monitoring(trainer) is None:
+        raise InputError(
+            "`test` (=best) needs a checkpoint callback that knows the best: callbacks.checkpoint.monitor=val/accuracy "
+            "callbacks.checkpoint.mode=max, or take test=last"
+        )
     return trainer
 
 

@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from splitlearn.drawing import draw
+from splitlearn.errors import told_if_full
 from splitlearn.flops import clients
 from splitlearn.learner import SplitLearner
 from splitlearn.watch import has_many_alices
@@ -130,7 +131,6 @@ class Results(Callback):
             **_told(self.others, "run_costs"),
             **more,
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         indent = None if has_many_alices(learner) else 2  # with it, a thousand Alices' tables take Python a second
         write_whole(self.path, json.dumps(_finite(results), indent=indent, allow_nan=False) + "\n")
 
@@ -189,8 +189,10 @@ class Interrupt(Callback):
 def write_whole(path: Path, text: str) -> None:
     """Under another name first: nobody reads half of a file, and who dies in the middle leaves the old one."""
     unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    with told_if_full(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text)
+        unfinished.replace(path)
 
 
 def _measured(trainer: pl.Trainer, prefix: str) -> dict[str, float]:

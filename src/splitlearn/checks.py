@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
@@ -22,6 +23,21 @@ def check_settings(interval: str, clip_val: float | None, steps_per_execution: i
     check_whole("micro_batches", micro_batches)
     if clip_val is not None and clip_val < 0:
         raise ValueError(f"`trainer.gradient_clip_val` (={clip_val}) must not be negative; null clips nothing")
+
+
+def check_accumulation(num_batches: int, turn: int | str) -> None:
+    """Raises ValueError where gradients cannot add up over so many mini-batches of one turn."""
+    check_whole("trainer.accumulate_grad_batches", num_batches)
+    if num_batches > 1 and turn == "step":
+        raise ValueError(
+            f"`trainer.accumulate_grad_batches` (={num_batches}) does not fit `schedule.turn` (=step), where each "
+            "step makes a mean of all Alices: take a larger `data.batch_size`"
+        )
+    if isinstance(turn, int) and turn % num_batches:
+        raise ValueError(
+            f"`trainer.accumulate_grad_batches` (={num_batches}) must divide `schedule.turn` (={turn}), since a turn "
+            "ends in a step"
+        )
 
 
 def check_precision(scaler: torch.amp.GradScaler | None, deferred: Sequence[Role], at_once: Sequence[Role]) -> None:
@@ -66,13 +82,37 @@ def warn_of_raw_rows(network: SplitNetwork) -> None:
 
 
 def check_kind(ours: Mapping[str, str], theirs: Mapping[str, str]) -> None:
-    """Raises InputError where a checkpoint is of another run than the one that is to go on from it."""
-    for what, value in ours.items():
-        if theirs.get(what) != value:
-            raise InputError(
-                f"`ckpt` is of another {what}: {theirs.get(what)}, this run has {value}: "
-                f"resume with the {what} of the checkpoint, or train anew without `ckpt`"
-            )
+    """Raises InputError where a checkpoint is of another run than the one that is to go on from it.
+
+    Only what differs is named. What one of them has not at all, such as the momentum of another optimizer, goes without
+    saying.
+    """
+    differing = [
+        f"`{what}` is {theirs[what]} in the checkpoint and {value} here"
+        for what, value in ours.items()
+        if theirs.get(what, value) != value
+    ]
+    if differing:
+        raise InputError(
+            f"`ckpt` is of another run: {'; '.join(differing)}: resume with what the checkpoint has, or take `weights` "
+            "in place of `ckpt` to start from its weights alone"
+        )
+
+
+def described(value: object) -> str:
+    """One line that two objects of the same class and settings share, in whatever process they are."""
+    if isinstance(value, partial):
+        given = [*map(described, value.args), *(f"{name}={described(v)}" for name, v in value.keywords.items())]
+        return f"{described(value.func)}({', '.join(given)})"
+    if isinstance(value, nn.Module):
+        settings = {name: v for name, v in vars(value).items() if name != "training" and name[0] != "_"}
+        parts = {**settings, **value._parameters, **value._buffers, **value._modules}
+        return f"{type(value).__name__}({', '.join(f'{name}={described(part)}' for name, part in parts.items())})"
+    if isinstance(value, Tensor):
+        return str(value.tolist())
+    if isinstance(value, str | int | float | list | tuple | dict | None):
+        return str(value)
+    return str(getattr(value, "__qualname__", type(value).__name__))
 
 
 def check_finite(module: nn.Module, num_steps: int) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from splitlearn.blocks import fresh, memory_of
 from splitlearn.flops import cost_of
 from splitlearn.leakage import distance_correlation
-from splitlearn.network import check_blocks, held_by
 from splitlearn.segment import evaluating
 
 LABEL = 8  # bytes: an int64
@@ -101,23 +101,17 @@ class Cut(NamedTuple):
 
 def measure(blocks: nn.Sequential, x: Tensor, is_real: bool = True) -> list[Block]:
     """Run the rows x [N, ...] through named blocks, in evaluation mode. Of real ones, the leakage is taken."""
-    measured: list[Block] = []
-    inputs, wants = x, False
-    places = {name: list(held_by(name, block)) for name, block in check_blocks(blocks).items()}
-    last = {memory: name for name, held in places.items() for memory, *_ in held}
-    known: set[Hashable] = set()
-    behind = set(places)
+    measured, inputs, wants, seen = list[Block](), x, False, set[int]()
+    held = [[*block.parameters(), *block.buffers()] for block in blocks]
     with torch.no_grad(), evaluating(blocks):
-        for name, block in check_blocks(blocks).items():
+        for i, (name, block) in enumerate(blocks._modules.items()):
             flops = cost_of(block, [x[:2]], wants).total // 2  # of two rows: batch norm cannot train on one
             wants = wants or any(p.requires_grad for p in block.parameters())
             x = block(x)
-            new = {memory: value for memory, _, value in places[name] if memory not in known}
-            parameters = sum(value.numel() for value in new.values() if isinstance(value, nn.Parameter))
-            weight_bytes = sum(value.nbytes for value in new.values())
-            known |= set(new)
-            behind.remove(name)
-            tied = any(last[memory] in behind for memory in known)
+            new = fresh(held[i], seen)
+            parameters = sum(value.numel() for value in new if isinstance(value, nn.Parameter))
+            weight_bytes = sum(value.nbytes for value in new)
+            tied = any(memory_of(value) in seen for behind in held[i + 1 :] for value in behind)
             leakage = distance_correlation(inputs, x) if is_real else None
             measured.append(
                 Block(name, parameters, weight_bytes, flops, x[0].numel(), x[0].nbytes, leakage, wants, tied)
@@ -126,13 +120,16 @@ def measure(blocks: nn.Sequential, x: Tensor, is_real: bool = True) -> list[Bloc
 
 
 def compare(blocks: Sequence[Block], terms: Terms) -> list[Cut]:
-    """A line for each cut. Raises ValueError where there is none."""
+    """A line for each cut that may be. Raises ValueError where there is none."""
     if len(blocks) < 2:
         raise ValueError(
             f"`model` has one block ({blocks[0].name}) and nothing to cut, since a cut falls between two: return an "
             "nn.Sequential of several named blocks"
         )
-    return [_cut(blocks[: i + 1], blocks, terms) for i in range(len(blocks) - 1) if not blocks[i].tied]
+    cuts = [_cut(blocks[: i + 1], blocks, terms) for i in range(len(blocks) - 1) if not blocks[i].tied]
+    if not cuts:
+        raise ValueError("`model` has weights that are tied across every cut: untie them (a clone for each block)")
+    return cuts
 
 
 def break_even(crossing: int, bottom_bytes: int, model_bytes: int, transfers: int) -> float:

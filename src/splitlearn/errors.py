@@ -1,8 +1,26 @@
 """What can be said to a user in one line, without a stack trace."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class InputError(ValueError):
     """What the user gave does not fit. The message names the value, the rule and the cure."""
+
+
+@contextmanager
+def told_if_full(path: str | Path) -> Iterator[None]:
+    """Raises InputError where `path` cannot be written, be the disk full or the folder another's."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror or error}): make room, or take a folder of your own, "
+            "hydra.run.dir=..."
+        ) from error
 
 
 CURE = "lower `optimizer.lr` or set `trainer.gradient_clip_val`"  # of a loss that diverges

@@ -28,7 +28,7 @@ from splitlearn.engines.wiring import GrpcWiring
 from splitlearn.errors import DivergedError, InputError
 from splitlearn.frame import FrameError
 from splitlearn.layout import Party
-from splitlearn.report import log_hyperparameters, print_table, quieten
+from splitlearn.report import finishing, log_hyperparameters, print_table, quieten
 from splitlearn.sealing import SealError
 
 # What each host may have in its own way; all the rest must be the same everywhere.
@@ -36,6 +36,7 @@ LOCAL = (
     *("output_dir", "ckpt", "metric", "logger", "wire.certificates"),
     *("engine.party", "engine.address", "engine.timeout", "engine.join_timeout"),
     *(f"callbacks.{name}" for name in ("progress_bar", "drawing", "results", "watch", "interrupt", "checkpoint")),
+    *("data.encoding", "data.delimiter", "data.source.encoding", "data.source.delimiter"),  # of one's own file
     *("data.root", "data.download", "data.num_workers", "data.in_memory", "data.source.root", "data.source.download"),
     "data.source.path",
     *("trainer.accelerator", "trainer.devices", "trainer.enable_progress_bar", "trainer.default_root_dir"),
@@ -91,8 +92,9 @@ def play(text: str, engine: Processes, attempt: Attempt, post: Post) -> None:
             federation = Federation(attempt, wiring, *terms, post)
             federation.patient = engine.on_failure == "wait"
             run = build(cfg, federation.wire)
-        metrics = federation.run(run.trainer, run.learner, run.data, shared, cfg.output_dir, ckpt)
-        log_hyperparameters(cfg, run.trainer, metrics)
+        with finishing(run.trainer.loggers):
+            metrics = federation.run(run.trainer, run.learner, run.data, shared, cfg.output_dir, ckpt, cfg.test)
+            log_hyperparameters(cfg, run.trainer, metrics)
         post({"done": metrics})
     except Exception as error:
         why = one_line(error)
@@ -134,6 +136,11 @@ def _check(cfg: DictConfig, engine: Processes) -> None:
         raise InputError(
             "`link` predicts in the simulator: take engine=simulated, or link=none, since time is measured"
         )
+    if cfg.weights is not None:
+        raise InputError(
+            f"`weights` (={cfg.weights}) has the weights of all parties: take engine=simulated, or go on with the run "
+            "of a folder by ckpt=FOLDER"
+        )
     if cfg.ckpt is not None and not Path(cfg.ckpt).is_dir():
         raise InputError(f"`ckpt` (={cfg.ckpt}) must be the folder of a run: with engine=processes all parties resume")
 
@@ -158,7 +165,7 @@ def _as_rank(cfg: DictConfig, engine: Processes) -> Processes:
 def _plan(cfg: DictConfig) -> list[Party]:
     """Build the run as the simulator would, which checks it; draw it, and return the parties."""
     plan = copy.deepcopy(cfg)
-    plan.logger, plan.callbacks, plan.ckpt = {}, {}, None
+    plan.logger, plan.callbacks, plan.ckpt, plan.test = {}, {}, None, "last"
     with as_input_error():
         run = build(plan)
     print(draw(run.learner.network, run.data.sample(), run.data.batch_size, run.learner.schedule), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
@@ -9,25 +10,36 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.plugins.precision import DoublePrecision
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from splitlearn.checks import check_finite, check_kind, check_loss, check_precision, check_settings, warn_of_raw_rows
+from splitlearn.checks import (
+    check_accumulation,
+    check_finite,
+    check_kind,
+    check_loss,
+    check_precision,
+    check_settings,
+    described,
+    warn_of_raw_rows,
+)
 from splitlearn.data.loader import Turns
 from splitlearn.errors import CURE, DivergedError
 from splitlearn.flops import Meter
 from splitlearn.layout import Party, Role
 from splitlearn.ledger import Ledger
-from splitlearn.live import write
 from splitlearn.network import Batch, SplitNetwork, micro
-from splitlearn.optimizers import MakeOptimizer, Stepper, by_role, options_of
+from splitlearn.optimizers import MakeOptimizer, Stepper, by_role, check_callbacks, options_of
 from splitlearn.pace import Pace, Stretch, go_on
 from splitlearn.rounds import Rounds
 from splitlearn.schedule import Schedule
 from splitlearn.tally import EpochLoss, Tally, means
 
+SETTINGS = ("precision", "limit_train_batches", "overfit_batches")  # of the trainer, that change what is computed
 Part = dict[str, Tensor | None]  # `output`, `labels` and `owners` of the rows that one Alice has evaluated
 
 
@@ -44,6 +56,8 @@ class SplitLearner(pl.LightningModule):
         gradient_clip_val, gradient_clip_algorithm: as Lightning's Trainer has them, for each role by itself: no party
             sees another's gradients.
         steps_per_execution: the most mini-batches that run before Lightning looks again, see `splitlearn.pace`.
+        accumulate_grad_batches: mini-batches whose gradients add up before the optimizers step, as in Lightning, and at
+            the end of a turn and of an epoch what is left of them; `global_step` counts mini-batches all the same.
         micro_batches: parts of a mini-batch that go through the network one behind the other, so that parties compute
             at the same time (GPipe: Huang et al. 2019, arXiv 1811.06965); the gradients are those of the mini-batch.
 
@@ -67,22 +81,27 @@ class SplitLearner(pl.LightningModule):
         gradient_clip_algorithm: str = "norm",
         steps_per_execution: int = 100,
         micro_batches: int = 1,
+        accumulate_grad_batches: int = 1,
     ) -> None:
         super().__init__()
         check_settings(interval, gradient_clip_val, steps_per_execution, micro_batches)
+        check_accumulation(accumulate_grad_batches, schedule.turn)
         check_loss(loss, network.sample_output, num_classes, network.wire.hosts(network.layout.stages[-1].role))
         warn_of_raw_rows(network)
         self.network, self.layout, self.schedule, self.loss = network, network.layout, schedule, loss
         self.rounds = Rounds(schedule, network)
         self.makers = by_role(network, optimizer, optimizers or {}, scheduler)
         made = {role: make(network.parameters_of(role)) for role, make in self.makers.items()}
-        self.options = ", ".join(f"{role}: {options_of(optimizer)}" for role, optimizer in made.items())
+        self.options = options_of(made)
+        self.described = {"loss": described(loss), "scheduler": described(scheduler)}
         self.scheduler, self.interval, self.monitor = scheduler, interval, monitor
         self.clip = {"gradient_clip_val": gradient_clip_val, "gradient_clip_algorithm": gradient_clip_algorithm}
         self.steps_per_execution = steps_per_execution
         self.ledger, self.evaluation_ledger = network.wire.ledger, Ledger()
         self.meter = Meter(network, self.ledger)
         self.num_classes, self.micro_batches = num_classes, micro_batches
+        self.accumulate = accumulate_grad_batches
+        self.accumulated: dict[str, Any] = {}  # what a checkpoint knew of gradients that no optimizer had taken
         self.tally, self.epoch_loss = Tally(), EpochLoss()
         self.measured: dict[str, Tensor] = {}  # what a checkpoint knew of `trainer.callback_metrics`
 
@@ -105,8 +124,9 @@ class SplitLearner(pl.LightningModule):
         self.rounds.num_rows += len(batch.ids)
         self.ledger.add_pass(alice, len(batch.ids))
         self.stepper.after_backward()
-        cast = self.layout.cast(alice)
-        self.stepper.step([role for role in self.rounds.at_once if self.network.wire.plays(cast[role])])
+        self.stepper.waiting += 1
+        if self.stepper.waiting == self.accumulate:
+            self._step_at_once()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> list[Part]:  # type: ignore[override]
         return self._evaluate(batch, "val")
@@ -119,15 +139,33 @@ class SplitLearner(pl.LightningModule):
         return self.epoch_loss.mean
 
     def kind(self, data: object) -> dict[str, str]:
-        """What a checkpoint must share with the run that goes on from it, and each process with the others."""
+        """What each process must share with the others, and a checkpoint with the run that tests it."""
         return {
             "layout": self.layout.describe(),
             "model": self.network.describe(),
-            "optimizer": self.options,
             "num_alices": str(len(self.schedule.takers)),
             "schedule": self.schedule.describe(),
             "data": getattr(data, "kind", "unknown"),
         }
+
+    def settings(self, data: object) -> dict[str, str]:
+        """All that decides what is computed, which a checkpoint must share with the run that goes on from it."""
+        kind, trainer = self.kind(data), self.trainer
+        followed = {"scheduler.interval": self.interval, "scheduler.monitor": self.monitor} if self.scheduler else {}
+        settings = {
+            **{name: kind[name] for name in ("layout", "model", "num_alices")},
+            **{f"model.{name}": text for name, text in self.network.texts.items()},
+            **self.options,
+            **{f"schedule.{name}": value for name, value in self.schedule.settings.items()},
+            **self.described,
+            **followed,
+            **{f"trainer.{name}": value for name, value in self.clip.items()},
+            "trainer.accumulate_grad_batches": self.accumulate,
+            "micro_batches": self.micro_batches,
+            **{f"trainer.{name}": getattr(trainer, name) for name in SETTINGS},
+            **getattr(data, "settings", {}),
+        }
+        return {name: re.sub(r" at 0x[0-9a-f]+", "", str(value)) for name, value in settings.items()}  # of functions
 
     def configure_optimizers(self) -> list[dict[str, Any]]:  # type: ignore[override]
         configs: list[dict[str, Any]] = []
@@ -139,6 +177,10 @@ class SplitLearner(pl.LightningModule):
                 configs[-1]["lr_scheduler"] = {**scheduler, "interval": self.interval}
         return configs
 
+    def configure_callbacks(self) -> list[Callback]:
+        check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined] # before they set anything up
+        return []
+
     def setup(self, stage: str) -> None:
         self.pace = Pace(self.trainer, self.steps_per_execution)
         if self.schedule.num_participants < len(self.schedule.takers):
@@ -146,8 +188,10 @@ class SplitLearner(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self.trainer.callback_metrics.update(self.measured)
-        self.stepper = Stepper(self, self.makers, self.clip, self.monitor)
+        self.stepper = Stepper(self, self.makers, self.clip, self.monitor, self.accumulate)
         self.rounds.find(self.stepper.optimizers)
+        self.stepper.waiting = self.accumulated.get("waiting", 0)
+        self.rounds.load_gradients(self.accumulated.get("gradients", {}))
         self.judges = [c for c in self.trainer.callbacks if hasattr(c, "on_alice_finished")]  # type: ignore[attr-defined]
         check_precision(self.stepper.scaler, self.rounds.deferred, self.rounds.at_once)
 
@@ -162,6 +206,11 @@ class SplitLearner(pl.LightningModule):
     def on_train_end(self) -> None:
         if self.rounds.halfway:
             rank_zero_warn("training stopped in the middle of a round: what is evaluated are the weights of its start")
+        if self.stepper.waiting:
+            rank_zero_warn(
+                f"training stopped between two steps of the optimizers: the gradients of the last "
+                f"{self.stepper.waiting} mini-batches are not in the weights"
+            )
 
     def on_validation_start(self) -> None:
         self.rounds.settle()  # what is under way is of the training
@@ -181,8 +230,9 @@ class SplitLearner(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_finite(self, self.trainer.global_step)
         self.rounds.settle()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
         checkpoint["splitlearn"] = {
-            "kind": self.kind(self.trainer.datamodule),  # type: ignore[attr-defined]
+            "kind": {**self.kind(data), **self.settings(data)},
             "rounds": self.rounds.state_dict(),
             "bytes": [self.ledger.table(), self.evaluation_ledger.table()],
             "passes": dict(self.ledger.passes),
@@ -190,14 +240,19 @@ class SplitLearner(pl.LightningModule):
             "measured": dict(self.trainer.callback_metrics),
             "buffers": self.network.unsaved(),
             "left": self.pace.left,
+            "accumulated": self._accumulated(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if isinstance(self.trainer.precision_plugin, DoublePrecision):
+            self.double()  # Lightning does so only when it has restored, which drops half of the bits
         state = checkpoint.get("splitlearn", {"kind": {"layout": "a model that splitlearn did not train"}})
-        check_kind(self.kind(self.trainer.datamodule), state["kind"])  # type: ignore[attr-defined]
+        trains = self.trainer.state.fn == TrainerFn.FITTING
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        check_kind(self.settings(data) if trains else self.kind(data), state["kind"])
         self.rounds.load_state_dict(state["rounds"])
-        write(self.network.unsaved(), state.get("buffers", {}))
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        self.network.load_unsaved(state.get("buffers", {}))
+        if trains:
             self._go_on(state, checkpoint["loops"]["fit_loop"])
 
     def _go_on(self, state: dict[str, Any], fit_loop: dict[str, Any]) -> None:
@@ -205,18 +260,32 @@ class SplitLearner(pl.LightningModule):
         self.evaluation_ledger.load(state["bytes"][1])
         self.epoch_loss.load_state_dict(state["loss"])
         self.ledger.passes, self.measured = state["passes"], state["measured"]
+        self.accumulated = state["accumulated"]
         go_on(fit_loop, state["left"])
 
+    def _accumulated(self) -> dict[str, Any]:
+        waiting = self.stepper.waiting
+        return {"waiting": waiting, "gradients": self.rounds.gradients} if waiting else {}
+
+    def _step_at_once(self) -> None:
+        """Let those optimizers step that need not wait for the end of the round."""
+        cast = self.layout.cast(self.rounds.holder)
+        self.stepper.step([role for role in self.rounds.at_once if self.network.wire.plays(cast[role])])
+
     def _end_step(self, turns: Turns) -> None:
+        ends = turns.ends_round or self.pace.left == 0
+        if self.stepper.waiting and (ends or turns.finishes):  # the weights are about to be somebody else's
+            self._step_at_once()
         if self.schedule.turn != "step":  # while the weights are still hers
             self._tell_finished(turns)
-        if turns.ends_round or self.pace.left == 0:
+        if ends:
             self.rounds.end()
             if any(self.rounds.present(turns.batches)):  # else the gradients are of an earlier step
                 self.stepper.step(self.rounds.deferred)
         if self.schedule.turn == "step":
             self._tell_finished(turns)
-        self.stepper.step_schedulers("step")
+        if not self.stepper.waiting:
+            self.stepper.step_schedulers("step")
 
     def _tell_finished(self, turns: Turns) -> None:
         for judge, alice in product(self.judges, [a for a in turns.finishes if a not in self.rounds.gone]):

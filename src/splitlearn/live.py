@@ -30,14 +30,23 @@ class Live:
         self.find()
 
     def find(self) -> None:
-        """Look the tensors up again: a move to another device makes new buffers."""
-        self.weights: dict[str, Tensor] = {}
-        # By whole names, since what is tied, also across two stages, is one weight; `persistent=False` buffers, too.
+        """Look the weights up again, by whole names: what is tied, also across two stages, is one."""
         role = nn.ModuleDict(self.segments)
-        self.weights.update(role.named_parameters())
-        self.weights.update(role.named_buffers())
-        self.buffers = {name: value for name, value in self.weights.items() if not isinstance(value, nn.Parameter)}
-        self.trained = {name: value for name, value in self.weights.items() if value.requires_grad}
+        self.parameters: dict[str, Tensor] = dict(role.named_parameters())
+        self.places = {
+            f"{path}.{key}": (part._buffers, key) for path, part in role.named_modules() for key in part._buffers
+        }
+        self.trained = {name: value for name, value in self.parameters.items() if value.requires_grad}
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """Those that no `state_dict` has, too, as they are now: a block may make new ones in a forward pass."""
+        found = {name: kept[key] for name, (kept, key) in self.places.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return {**self.parameters, **self.buffers}
 
     @property
     def gradients(self) -> dict[str, Tensor]:
@@ -74,7 +83,7 @@ class Live:
     def load_gradients(self, tensors: Mapping[str, Tensor]) -> None:
         """Make these the gradients of the weights of their names."""
         for name, tensor in tensors.items():
-            self.trained[name].grad = tensor
+            self.trained[name].grad = tensor.to(self.trained[name].device)  # from a checkpoint it comes on the CPU
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
+from splitlearn.blocks import check_blocks, check_ties, fresh, make_safe
 from splitlearn.cut import CutLayer, Hop, run_backward
 from splitlearn.errors import InputError
 from splitlearn.layout import Layout, Party, Role, Stage
 from splitlearn.ledger import Ledger
-from splitlearn.segment import Segment, evaluating
+from splitlearn.segment import Segment, evaluating, to_meta
 from splitlearn.wire import Absent, Wire, elsewhere
 
 
@@ -68,7 +67,7 @@ class SplitNetwork(nn.Module):
         self.wire = wire
         self.cut = CutLayer(wire)
         blocks = check_blocks(model)
-        _check_ties(layout, blocks)
+        check_ties(blocks, layout.stages)
         uses = Counter(name for stage in layout.stages for name in stage.blocks)
         segments = {stage.name: _segment(stage, blocks, uses, seed) for stage in layout.stages}
         # Those of other processes are no submodules: they are outlines on meta, which have nothing to save or train.
@@ -131,9 +130,16 @@ class SplitNetwork(nn.Module):
         return len(self.segments) == len(self.program)
 
     def describe(self) -> str:
-        """One line that two models of the same blocks share."""
-        blocks = [block for _, segment in self.program for block in segment.blocks()]
-        return ", ".join(f"{name} of {sum(p.numel() for p in block.parameters())}" for name, block in blocks)
+        """One line that two models of the same blocks share; a parameter that is tied counts in the first of them."""
+        seen: set[int] = set()
+        blocks = [block for _, segment in self.program for block in segment._modules.items()]
+        return ", ".join(f"{name} of {sum(p.numel() for p in fresh(m.parameters(), seen))}" for name, m in blocks)
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """What torch prints of each block, in one line: its layers and their options."""
+        blocks = {name: block for _, segment in self.program for name, block in segment.named_children()}
+        return {name: " ".join(repr(block).split()) for name, block in blocks.items()}
 
     def check_sizes(self, smallest: Mapping[Party, int]) -> None:
         """Raises InputError when the smallest mini-batch of a party is one row, and a block cannot train on one."""
@@ -168,7 +174,13 @@ class SplitNetwork(nn.Module):
     def unsaved(self) -> dict[str, Tensor]:
         """The buffers that no `state_dict` has (`persistent=False`), by name, for checkpoints to have them."""
         kept = self.state_dict(keep_vars=True)
-        return {name: buffer for name, buffer in self.named_buffers() if name not in kept}
+        return {name: buffer for name, buffer in self.named_buffers(remove_duplicate=False) if name not in kept}
+
+    def load_unsaved(self, buffers: Mapping[str, Tensor]) -> None:
+        """Put these in their places, whatever shapes they have grown to."""
+        for name, value in buffers.items():
+            path, _, key = name.rpartition(".")
+            setattr(self.get_submodule(path), key, value.to(self.get_buffer(name).device))
 
     def _bring(
         self, values: dict[str, Tensor], name: str, role: Role, cast: Mapping[Role, Party], tape: list[Hop]
@@ -188,28 +200,11 @@ class SplitNetwork(nn.Module):
     def _shape(self, sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Give lazy layers their shapes; return every stage's output for the sample, zeros where it is not known."""
         values = dict(sample)
+        to_meta(segment for stage, segment in self.program if not self.wire.hosts(stage.role))
         for stage, segment in self.program:
             inputs = join([values[name] for name in stage.inputs])
             values[stage.name] = segment.shape(inputs) if self.wire.hosts(stage.role) else segment.outline(inputs)
         return values
-
-
-def check_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the model's blocks by name. Raises ValueError for a model that is not a sequence of them."""
-    if not isinstance(model, nn.Sequential) or len(model) == 0:
-        raise ValueError(
-            f"`model` (={type(model).__name__}) must be an nn.Sequential of at least one block: "
-            "the cut falls between blocks; return nn.Sequential(OrderedDict(name=block, ...))"
-        )
-    return dict(model._modules.items())  # `named_children` would leave out a block that stands at a second place
-
-
-def held_by(block: str, module: nn.Module) -> Iterator[tuple[Hashable, str, Tensor]]:
-    """Each weight and buffer of a block: the memory that it lies in, equal for what is tied, its name, and itself."""
-    parameters = module.named_parameters(block, remove_duplicate=False)
-    for name, value in chain(parameters, module.named_buffers(block, remove_duplicate=False)):
-        empty = is_lazy(value) or value.is_meta or value.numel() == 0
-        yield id(value) if empty else value.untyped_storage().data_ptr(), name, value
 
 
 def join(inputs: list[Tensor]) -> Tensor:
@@ -217,37 +212,10 @@ def join(inputs: list[Tensor]) -> Tensor:
     return inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
 
 
-def _check_ties(layout: Layout, blocks: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError for a weight or buffer that two roles would hold: each would go its own way."""
-    roles = {
-        name: {stage.role for stage in layout.stages if name in stage.blocks}
-        for name in blocks
-        if any(name in stage.blocks for stage in layout.stages)
-    }
-    first: dict[Hashable, tuple[str, str]] = {}
-    for block in roles:
-        for memory, name, _ in held_by(block, blocks[block]):
-            other, other_name = first.setdefault(memory, (block, name))
-            if roles[other] != roles[block]:
-                ours, theirs = (" and ".join(sorted(roles[each])) for each in (other, block))
-                raise ValueError(
-                    f"`{other_name}` of {ours} and `{name}` of {theirs} are one tensor (tied weights), which two "
-                    "parties cannot train: untie them, or take a layout and a cut that give both to one party"
-                )
-
-
 def _segment(stage: Stage, blocks: Mapping[str, nn.Module], uses: Counter[str], seed: int) -> Segment:
     """A block that several stages run (the bottoms of a vertical net) is a block of its own in each."""
     memo: dict[int, object] = {}  # what is tied within a bottom is tied within its copy
     mine = {name: copy.deepcopy(blocks[name], memo) if uses[name] > 1 else blocks[name] for name in stage.blocks}
     labels = {name: f"{stage.name}.{name}" if uses[name] > 1 else name for name in stage.blocks}
-    _make_safe(mine.values())
+    make_safe(mine.values())
     return Segment(mine, labels, seed)
-
-
-def _make_safe(blocks: Iterable[nn.Module]) -> None:
-    """An in-place layer right behind a cut would write into a leaf of the graph; out of place, the values are equal."""
-    for block in blocks:
-        for module in block.modules():
-            if getattr(module, "inplace", False):
-                module.inplace = False  # type: ignore[assignment]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning import callbacks as lightning
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.utilities.model_helpers import is_overridden
@@ -21,6 +22,15 @@ from splitlearn.network import SplitNetwork
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 MakeScheduler = Callable[[Optimizer], Any]
+# What takes the optimization into its own hands, which is the schedule's here; by name, since some are younger.
+INSTEAD = {
+    "GradientAccumulationScheduler": "take trainer.accumulate_grad_batches",
+    "LearningRateFinder": "sweep over it, e.g. -m optimizer.lr=0.01,0.1",
+    "BatchSizeFinder": "sweep over it, e.g. -m data.batch_size=32,64",
+    "StochasticWeightAveraging": "leave it out",
+    "WeightAveraging": "leave it out",
+    "BackboneFinetuning": "freeze blocks in the model, or take a BaseFinetuning that names them",
+}
 HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
 
 
@@ -34,13 +44,22 @@ class Stepper:
         learner: attached to a trainer whose optimizers are set up, in the order of `roles`.
         clip: keyword arguments of `LightningModule.clip_gradients`; each role is clipped by itself.
         monitor: the metric that ReduceLROnPlateau follows. Lightning ignores a scheduler's own in manual optimization.
+        accumulate: mini-batches whose gradients add up before a step.
+
+    `waiting` are the mini-batches whose gradients no optimizer has taken yet.
     """
 
     def __init__(
-        self, learner: pl.LightningModule, roles: Iterable[Role], clip: Mapping[str, Any], monitor: str = "val/loss"
+        self,
+        learner: pl.LightningModule,
+        roles: Iterable[Role],
+        clip: Mapping[str, Any],
+        monitor: str = "val/loss",
+        accumulate: int = 1,
     ) -> None:
         trainer = learner.trainer
         self.learner, self.clip, self.monitor = learner, clip, monitor
+        self.accumulate, self.waiting = accumulate, 0
         self.optimizers: dict[Role, Optimizer] = dict(zip(roles, trainer.optimizers, strict=True))
         self.scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
         self.autocasts = isinstance(trainer.precision_plugin, MixedPrecision)
@@ -48,6 +67,9 @@ class Stepper:
         self.listeners = {hook: _listeners(learner, hook) for hook in HOOKS}
 
     def zero_grad(self) -> None:
+        """Erase the gradients of the last step; those that wait for the next one stay."""
+        if self.waiting:
+            return
         for optimizer in self.optimizers.values():
             self._tell("on_before_zero_grad", optimizer)
             for group in optimizer.param_groups:
@@ -55,21 +77,21 @@ class Stepper:
                     parameter.grad = None
 
     def before_backward(self, loss: Tensor) -> Tensor:
-        """Return the loss to go backward from, scaled under 16-mixed.
+        """Return the loss to go backward from: its share of an accumulated gradient, scaled under 16-mixed.
 
         The scale is a power of two and crosses the cut with the gradient: it keeps small half-precision gradients
         from vanishing on the way.
         """
+        loss = loss if self.accumulate == 1 else loss / self.accumulate  # as Lightning, short remainders too
         loss = loss if self.scaler is None else self.scaler.scale(loss)
         self._tell("on_before_backward", loss)
         return loss
 
     def step(self, roles: Sequence[Role]) -> None:
-        """Let the optimizers of these roles change their weights; one without anything to train is passed over."""
-        for role in roles:
-            optimizer = self.optimizers.get(role)
-            if optimizer is None:
-                continue
+        """Let the optimizers of these roles change their weights; one without gradients is passed over."""
+        self.waiting = 0
+        ready = [optimizer for role in roles if (optimizer := self.optimizers.get(role)) and _has_gradients(optimizer)]
+        for optimizer in ready:
             if self.scaler is not None:
                 self.scaler.unscale_(optimizer)
             self._tell("on_before_optimizer_step", optimizer)
@@ -79,7 +101,7 @@ class Stepper:
                 _step(optimizer)
             else:
                 self.scaler.step(optimizer)
-        if self.scaler is not None and roles:
+        if self.scaler is not None and ready:
             self.scaler.update()
         if self.autocasts:
             # Autocast keeps its half-precision copies of the weights, and these have just changed.
@@ -108,6 +130,10 @@ class Stepper:
             listener(*args)
 
 
+def _has_gradients(optimizer: Optimizer) -> bool:
+    return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
+
+
 def _step(optimizer: Optimizer) -> None:
     """`optimizer.step()`, without torch's wrapper for profilers and hooks where there are none.
 
@@ -125,6 +151,18 @@ def _step(optimizer: Optimizer) -> None:
         optimizer.step()
     else:
         step.__wrapped__(optimizer)  # type: ignore[attr-defined]
+
+
+def check_callbacks(callbacks: Iterable[object]) -> None:
+    """Raises InputError for one that relies on Lightning's automatic optimization."""
+    for callback in callbacks:
+        for name, cure in INSTEAD.items():
+            kind = getattr(lightning, name, None)
+            if kind is not None and isinstance(callback, kind):
+                raise InputError(
+                    f"`callbacks` ({type(callback).__name__}) needs one optimizer that Lightning steps, and here every "
+                    f"role has its own: {cure}"
+                )
 
 
 def by_role(
@@ -148,11 +186,33 @@ def by_role(
             optimizer = make(network.parameters_of(role))
         except (TypeError, ValueError) as error:
             raise ValueError(f"the optimizer of {role} cannot be made: {error}; change `optimizer`") from error
+        _try_a_step(role, make, network.parameters_of(role))
         try:
             _ = scheduler and scheduler(optimizer)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the scheduler of {role} cannot be made: {error}; change `scheduler`") from error
     return makers
+
+
+def _try_a_step(role: Role, make: MakeOptimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Raises ValueError for an optimizer that wants more than gradients, e.g. a closure (LBFGS) or sparse ones.
+
+    Tried on the smallest parameter of each number of dimensions, which costs nothing.
+    """
+    smallest = {p.ndim: p for p in sorted(parameters, key=nn.Parameter.numel, reverse=True)}
+    stand_ins = [nn.Parameter(p.detach().clone()) for p in smallest.values()]
+    for parameter in stand_ins:
+        parameter.grad = torch.zeros_like(parameter)
+    with torch.random.fork_rng(devices=[]):
+        optimizer = make(stand_ins)
+        try:
+            optimizer.step()
+        except Exception as error:  # what it raises is up to whoever wrote it
+            why = " ".join(str(error).split())
+            raise ValueError(
+                f"the optimizer of {role} ({type(optimizer).__name__}) cannot step on dense gradients alone ({why}): "
+                "take one whose step() needs no closure, e.g. optimizer=sgd or optimizer=adam"
+            ) from error
 
 
 def _listeners(learner: pl.LightningModule, hook: str) -> list[Callable[..., None]]:
@@ -165,6 +225,16 @@ def _listeners(learner: pl.LightningModule, hook: str) -> list[Callable[..., Non
     return [*heard, getattr(learner, hook)] if is_overridden(hook, learner, pl.LightningModule) else heard
 
 
-def options_of(optimizer: Optimizer) -> str:
-    """One line that two optimizers of the same options share."""
-    return f"{type(optimizer).__name__}({', '.join(f'{name}={value}' for name, value in optimizer.defaults.items())})"
+def options_of(optimizers: Mapping[Role, Optimizer]) -> dict[str, str]:
+    """The classes and options of the roles' optimizers; where they are not all alike, role by role."""
+    by_name: dict[str, dict[Role, str]] = {}
+    for role, optimizer in optimizers.items():
+        options = {f"optimizer.{name}": value for name, value in optimizer.defaults.items()}
+        for name, value in {"optimizer": type(optimizer).__name__, **options}.items():
+            by_name.setdefault(name, {})[role] = str(value)
+    return {
+        name: " and ".join({f"{value} of {role}": None for role, value in values.items()})
+        if len({*values.values()}) > 1 or len(values) < len(optimizers)
+        else next(iter(values.values()))
+        for name, values in by_name.items()
+    }

@@ -6,7 +6,6 @@ int64, for each Alice, none of them empty, and raises ValueError where that cann
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from splitlearn.csv_file import lines_of
 from splitlearn.seeds import derive
 
 HEADER = ["id", "party"]
@@ -81,7 +81,7 @@ def quantity(labels: Tensor, num_shards: int, seed: int, alpha: float = 1.0) -> 
     return _fill(_cut(_shuffled(torch.ones(len(labels), dtype=torch.bool), rng), num_shards, alpha, rng))
 
 
-def by_file(labels: Tensor, num_shards: int, seed: int, path: str | Path) -> list[Tensor]:
+def by_file(labels: Tensor, num_shards: int, seed: int, path: str | Path, encoding: str = "utf-8") -> list[Tensor]:
     """Deal as a CSV file says: header `id,party`, then a line for each row of the training source, from 0 on.
 
         id,party
@@ -94,14 +94,16 @@ def by_file(labels: Tensor, num_shards: int, seed: int, path: str | Path) -> lis
     _check_shards(labels, num_shards)
     path, alices = Path(path).expanduser(), {f"alice{i}": i for i in range(num_shards)}
     owners = [-1] * len(labels)
-    lines: dict[int, int] = {}  # where each row stands
-    for line, name, party in _read(path):
-        where = f"{path}, line {line}, id {name}"
+    lines: dict[int, str] = {}  # where each row stands
+    for line, name, party in _read(path, encoding):
+        where = f"{line}, id {name}"
         row = int(name) if name.isascii() and name.isdecimal() and len(name) < 19 else -1
         if not 0 <= row < len(labels):
             raise ValueError(f"{where}: not among the source's rows 0 to {len(labels) - 1}; remove the line")
         if row in lines:
-            raise ValueError(f"{where}: line {lines[row]} deals it already, each row once; remove one line")
+            raise ValueError(
+                f"{where}: {lines[row].removeprefix(f'{path}, ')} deals it already, each row once; remove one line"
+            )
         if party not in alices:
             raise ValueError(f"{where}: `{party}` is not among alice0 to alice{num_shards - 1}; see `num_alices`")
         lines[row], owners[row] = line, alices[party]
@@ -185,23 +187,14 @@ def _fill(shards: list[Tensor]) -> list[Tensor]:
     return shards
 
 
-def _read(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield (line number from 1, id, party) for each line of the file but the first and empty ones."""
-    if not path.is_file():
-        raise FileNotFoundError(f"`partition.path` (={path}) is not a file: name a CSV with the header id,party")
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        lines = csv.reader(file)
-        try:
-            header = next(lines, [])
-            if header != HEADER:
-                raise ValueError(f"{path}, line 1: the header must be id,party, not {','.join(header)}")
-            for fields in filter(None, lines):
-                if len(fields) != 2:
-                    where = f"{path}, line {lines.line_num}, id {fields[0]}"
-                    raise ValueError(f"{where}: {len(fields)} fields, not an id and a party; mend or remove the line")
-                yield lines.line_num, fields[0].strip(), fields[1].strip()
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {lines.line_num}: {error}; mend or remove the line") from None
+def _read(path: Path, encoding: str) -> Iterator[tuple[str, str, str]]:
+    """Yield (where it stands, id, party) for each line of the file but the first and empty ones."""
+    lines = lines_of(path, "partition", "path", encoding)
+    where, header = next(lines)
+    if header != HEADER:
+        raise ValueError(f"{where}: the header must be id,party, not {','.join(header)}")
+    for where, (name, party) in lines:
+        yield where, name, party
 
 
 def _check_dealt(path: Path, owners: list[int], num_shards: int) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import Logger
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +35,22 @@ def log_hyperparameters(cfg: DictConfig, trainer: pl.Trainer, metrics: dict[str,
         if isinstance(logger, pl.loggers.TensorBoardLogger):
             logger.log_hyperparams(params, metrics, step=trainer.global_step)
             logger.save()
+
+
+@contextmanager
+def finishing(loggers: Sequence[Logger]) -> Iterator[None]:
+    """Ends every logger with its job, however that ends: one that lives in the process would go on in the next."""
+    status = "failed"
+    try:
+        yield
+        status = "success"
+    finally:
+        for logger in loggers:
+            logger.finalize(status)
+            # What Lightning does not end is a run of W&B; asked for by `experiment`, one that never began would begin.
+            finish = getattr(getattr(logger, "_experiment", None), "finish", None)
+            if finish is not None:
+                finish()
 
 
 def print_table(

@@ -58,6 +58,15 @@ class Rounds:
         """Whether a round is unfinished, so that evaluation takes the weights of its start."""
         return any(bool(getattr(sharing, "start", None)) for sharing in self.sharings.values())
 
+    @property
+    def gradients(self) -> dict[Role, dict[str, Tensor]]:
+        """Those of every role, by the names of its weights."""
+        return {role: live.gradients for role, live in self.lives.items()}
+
+    def load_gradients(self, gradients: Mapping[Role, Mapping[str, Tensor]]) -> None:
+        for role, of_role in gradients.items():
+            self.lives[role].load_gradients(of_role)
+
     def take(self, alice: Party) -> None:
         """The turn is Alice's from now on."""
         if self.taking and alice == self.holder:

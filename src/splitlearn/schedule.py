@@ -126,11 +126,13 @@ class Schedule:
                 "layout two_party, multi_hop or u_shaped, or schedule sequential, fedavg or large_batch"
             )
 
+    @property
+    def settings(self) -> dict[str, object]:
+        names = ("turn", "order", "local_epochs", "participation", "alice", "bob")
+        return {name: getattr(self, name) for name in names}
+
     def describe(self) -> str:
-        return (
-            f"turn {self.turn}, order {self.order}, local_epochs {self.local_epochs}, participation "
-            f"{self.participation}, alice {self.alice}, bob {self.bob}"
-        )
+        return ", ".join(f"{name} {value}" for name, value in self.settings.items())
 
     def _draw(self, *names: object) -> list[int]:
         generator = torch.Generator().manual_seed(derive(self.seed, *names))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from splitlearn.seeds import derive
+
+MISFITS = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError)  # what a block raises at a wrong input
 
 
 class Segment(nn.Sequential):
@@ -21,22 +23,20 @@ class Segment(nn.Sequential):
 
     def __init__(self, blocks: Mapping[str, nn.Module], labels: Mapping[str, str], seed: int) -> None:
         super().__init__()
-        for name, block in blocks.items():
-            self.add_module(name, block)
         self.labels = dict(labels)
         self.seed = seed
         self.drawing: frozenset[str] = frozenset()
         self.averse: frozenset[str] = frozenset()
         """The blocks that cannot train on a single row: batch norm of one value has no variance."""
-
-    def blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        """Every place with its block; `named_children` leaves out a block that stands at a second place."""
-        return ((name, block) for name, block in self._modules.items() if block is not None)
+        for name, block in blocks.items():
+            if hasattr(self, name):
+                raise ValueError(f"block `{name}` has a name that every segment uses itself: give it another one")
+            self.add_module(name, block)
 
     def forward(self, x: Tensor, number: tuple[int, ...] = (0, 0)) -> Tensor:
         if not (self.drawing and self.training):
             return super().forward(x)
-        for name, block in self.blocks():
+        for name, block in self._modules.items():  # `named_children` leaves out what stands twice
             if name in self.drawing:
                 _seed(derive(self.seed, "draw", self.labels[name], *number), x.device)
             x = block(x)
@@ -45,38 +45,29 @@ class Segment(nn.Sequential):
     def shape(self, x: Tensor) -> Tensor:
         """Give lazy layers their shapes and draw their weights, a block at a time; return the output for `x`.
 
-        Raises ValueError when a block does not fit the output of the one before it, or writes into its input.
+        Raises ValueError when a block does not fit the output of the one before it, writes into its input, or computes
+        in complex numbers.
         """
         drawing, averse = set(), set()
-        for i, (name, block) in enumerate(self.blocks()):
+        for i, (name, block) in enumerate(self._modules.items()):
             torch.manual_seed(derive(self.seed, "weights", self.labels[name]))
+            out = _run(name, block, x)
             try:
-                with torch.no_grad(), evaluating(block):
-                    out = block(x)
                 if _draws(copy.deepcopy(block), x.detach().requires_grad_(i == 0 and x.is_floating_point())):
                     drawing.add(name)
                 if not _trains_on(copy.deepcopy(block), x[:1]):
                     averse.add(name)
-            except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            except MISFITS as error:
                 raise ValueError(_misfit(name, x, error)) from error
-            if not isinstance(out, Tensor):
-                raise ValueError(f"block `{name}` returns a {type(out).__name__}: every block must return one tensor")
-            if out.is_complex() or any(p.is_complex() for p in block.parameters()):
-                raise ValueError(
-                    f"block `{name}` computes complex numbers, which do not cross: take torch.view_as_real"
-                )
             x = out
         self.drawing, self.averse = frozenset(drawing), frozenset(averse)
         return x
 
     def outline(self, x: Tensor) -> Tensor:
-        """Let go of the weights, which live in another process, for shapes on meta; return zeros for the output."""
-        _to_meta(self)
-        try:
-            with torch.no_grad(), evaluating(self):
-                out = nn.Sequential.forward(self, x.to("meta"))
-        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-            raise ValueError(_misfit(next(iter(self.labels)), x, error)) from error
+        """Return zeros for the output of a segment that lives in another process, and is on meta here."""
+        out = x.to("meta")
+        for name, block in self._modules.items():
+            out = _run(name, block, out)
         return torch.zeros_like(out, device=x.device)
 
 
@@ -92,13 +83,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _to_meta(module: nn.Module) -> None:
-    """`module.to("meta")`, also where a lazy layer has no shape yet."""
-    for part in module.modules():
+def to_meta(segments: Iterable[nn.Module]) -> None:
+    """Let go of weights that live in another process: `to("meta")`, also of a lazy layer, and what is tied stays so."""
+    known: dict[Tensor, Tensor] = {}
+    for part in nn.ModuleList(segments).modules():
         for kept in (part._parameters, part._buffers):
             for name, value in kept.items():
                 if value is not None:
-                    kept[name] = _on_meta(value)  # type: ignore[assignment]
+                    kept[name] = known.setdefault(value, _on_meta(value))  # type: ignore[assignment]
 
 
 def _on_meta(value: Tensor) -> Tensor:
@@ -117,6 +109,20 @@ def _seed(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
+
+
+def _run(name: str, block: nn.Module, x: Tensor) -> Tensor:
+    """The block's output in evaluation mode. Raises ValueError for one that does not fit, or that is complex."""
+    try:
+        with torch.no_grad(), evaluating(block):
+            out = block(x)
+    except MISFITS as error:
+        raise ValueError(_misfit(name, x, error)) from error
+    if not isinstance(out, Tensor):
+        raise ValueError(f"block `{name}` returns a {type(out).__name__}: every block must return one tensor")
+    if any(value.is_complex() for value in (out, *block.parameters(), *block.buffers())):
+        raise ValueError(f"block `{name}` computes complex numbers, which do not cross: take torch.view_as_real")
+    return out
 
 
 def _draws(block: nn.Module, x: Tensor) -> bool:

@@ -85,7 +85,7 @@ class Star:
     def give_up(self, why: str) -> None:
         """Tell all that this party cannot go on."""
         for out in self.outbox.values():
-            out.put(json.dumps({"lost": self.party, "why": why}).encode())
+            out.put(json.dumps({"lost": self.party, "why": outside(why)}).encode())
 
     def _lose(self, party: Party, why: str) -> None:
         if self._failed.acquire(blocking=False):
@@ -220,6 +220,8 @@ class Member(Star):
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 told = f"what listens at `engine.address` (={self.address}) is another service of gRPC"
                 raise InputError(f"{told} ({why}): name the one of {self.hub}") from None
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                raise InputError(f"{self.hub} ended, or does not answer, before all had come ({why})") from None
             raise InputError(f"{self.hub} refused {self.party}: {why}") from None
 
     def send(self, dst: Party, message: bytes) -> None:

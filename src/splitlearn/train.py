@@ -18,7 +18,7 @@ from splitlearn.engines.processes import PartyLostError, Processes
 from splitlearn.engines.simulated import Simulated
 from splitlearn.errors import DivergedError, InputError
 from splitlearn.federate import federate
-from splitlearn.report import log_hyperparameters, print_table, quieten
+from splitlearn.report import finishing, log_hyperparameters, print_table, quieten
 from splitlearn.watch import has_many_alices
 
 HERE = Path(__file__).resolve().parent
@@ -44,8 +44,9 @@ def train(cfg: DictConfig) -> float | None:
 def _simulate(cfg: DictConfig, engine: Simulated) -> dict[str, float]:
     with as_input_error():
         run = build(cfg)
-    metrics = engine.run(run.trainer, run.learner, run.data, cfg.ckpt)
-    log_hyperparameters(cfg, run.trainer, metrics)
+    with finishing(run.trainer.loggers):
+        metrics = engine.run(run.trainer, run.learner, run.data, cfg.ckpt, cfg.test)
+        log_hyperparameters(cfg, run.trainer, metrics)
     num_bytes = run.learner.ledger.table(merge=has_many_alices(run.learner))
     print_table(run.learner.layout.kind, metrics, num_bytes, run.trainer.default_root_dir)
     return metrics
@@ -56,7 +57,7 @@ def main(cfg: DictConfig) -> float | None:
     quieten()
     try:
         return train(cfg)
-    except (InputError, DivergedError, PartyLostError, MisconfigurationException) as error:
+    except (InputError, DivergedError, PartyLostError, MisconfigurationException, OSError) as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # Hydra goes on with the sweep, and fails at its end
             raise
         sys.exit(f"splitlearn: {one_line(error)}")

@@ -24,11 +24,12 @@ from splitlearn.picture import who_has_what
 class Watch(Callback):
     """Writes to TensorBoard what a split run has that others have not.
 
-    At the start a picture of who has which rows. Every `log_every_n_steps` mini-batches the loss, and by role the
-    learning rate and the gradient's norm (after clipping), and the bytes so far by direction and kind, the FLOPs so far
-    by party; after the first epoch and every `every_n_epochs` a histogram of what crosses each cut, and a sheet of
-    inputs beside it. After every validation its accuracy over what it has cost: there the step of TensorBoard's axis is
-    one FLOP of the Alices or one byte, so that runs are compared by cost.
+    At the start a picture of who has which rows. Every `log_every_n_steps` mini-batches and at the end of an epoch the
+    loss, and by role the learning rate and the gradient's norm (after clipping), and the bytes so far by direction and
+    kind (in a process of one party those that it sends or receives itself), the FLOPs so far by party; after the first
+    epoch and every `every_n_epochs` a histogram of what crosses each cut, and a sheet of inputs beside it. After every
+    validation its accuracy over what it has cost: there the step of TensorBoard's axis is one FLOP of the Alices or one
+    byte, of all parties together, so that runs are compared by cost.
 
     Arguments:
         num_images: the rows of the data on the sheet.
@@ -39,6 +40,7 @@ class Watch(Callback):
 
     def __init__(self, num_images: int = 8, every_n_epochs: int = 5) -> None:
         self.num_images, self.every_n_epochs = num_images, every_n_epochs
+        self.written = 0  # the step of the latest curves
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -48,18 +50,25 @@ class Watch(Callback):
             writer.add_image("who has what", picture, trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, learner: SplitLearner, *_: Any) -> None:  # type: ignore[override]
-        step = trainer.global_step
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not trainer.loggers or not every or step % every:
+        if every and trainer.global_step % every == 0:
+            self._write(trainer, learner)
+
+    def _write(self, trainer: pl.Trainer, learner: SplitLearner) -> None:
+        step = trainer.global_step
+        if not trainer.loggers or step == self.written:
             return
+        self.written = step
         scalars = {"train/loss_step": learner.epoch_loss.last}
         for role, optimizer in learner.stepper.optimizers.items():
             scalars[f"lr/{role}"] = optimizer.param_groups[0]["lr"]
             scalars[f"grad_norm/{role}"] = float(_norm(learner.network.parameters_of(role)))
-        many = has_many_alices(learner)
+        wire = learner.network.wire
+        many = has_many_alices(learner) and (learner.network.complete or not wire.hosts("alice"))
         scalars.update({f"flops/{party}": float(cost.total) for party, cost in learner.meter.by_party(many).items()})
         for pair, kinds in learner.ledger.table(merge=many).items():
-            scalars.update({f"bytes/{pair}/{kind}": float(num_bytes) for kind, num_bytes in kinds.items()})
+            if any(map(wire.plays, pair.split("->"))):  # of others it is not told at each step
+                scalars.update({f"bytes/{pair}/{kind}": float(num_bytes) for kind, num_bytes in kinds.items()})
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=step)
 
@@ -73,12 +82,15 @@ class Watch(Callback):
             writer.add_scalar("cost/val_accuracy_by_bytes", accuracy, num_bytes)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
+        if trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            self._write(trainer, learner)
         writers = _writers(trainer)
         if not writers or self.fields is None or trainer.current_epoch % self.every_n_epochs:
             return
         if not learner.network.complete or learner.network.sample.keys() - self.fields.keys():
             return  # this party alone cannot run it all
-        fields = {name: field.to(learner.device) for name, field in self.fields.items()}
+        rows = trainer.precision_plugin.convert_input(self.fields)
+        fields = {name: field.to(learner.device) for name, field in rows.items()}
         with trainer.precision_plugin.forward_context():
             tape, _ = learner.network.look(fields)
         crossed = {f"{hop.sender}->{hop.receiver}": hop.received.float().cpu() for hop in tape}

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from splitlearn.checks import described
+from splitlearn.data.alike import digests
 from splitlearn.data.holdout import hold_out, owners_of, rows_trained_on, still_held
 from splitlearn.data.loader import Augment, EvalLoader, TurnLoader
 from splitlearn.data.own import Part, require
-from splitlearn.data.rows import Fields, InMemory, Normalise, Rows, Streamed, load, moments
+from splitlearn.data.rows import Fields, InMemory, Normalise, Rows, Streamed, as_labels, in_dtype, load, moments
 from splitlearn.data.sources import Source
 from splitlearn.errors import InputError
 from splitlearn.layout import Party, Role
@@ -74,6 +76,7 @@ class SplitData(pl.LightningDataModule):
         _check(batch_size, eval_batch_size, val_fraction, test_fraction, augment, num_columns)
         self.batch_size, self.eval_batch_size, self.seed, self.augment = batch_size, eval_batch_size, seed, augment
         self.num_classes = source.num_classes
+        self.alike = _alike(source)
         self.ids: str | None = source.train.ids if isinstance(source.train, Part) else None
         self.names: Sequence[str] = source.train.names if isinstance(source.train, Part) else ()
         self.own_file = source.train.told if isinstance(source.train, Part) else None
@@ -83,6 +86,7 @@ class SplitData(pl.LightningDataModule):
         if standardise:
             mean, std = _moments(source.train, train_ids, mean)
         self.columns = _columns(source, num_columns, columns)
+        self.normalised = {"data.mean": mean, "data.std": std}
         prepare = Normalise(mean, std, self.columns)
         self.rows = _rows(source.train, prepare, in_memory, num_workers)
         self.test_rows = self.rows if source.test is None else _rows(source.test, prepare, in_memory, num_workers)
@@ -93,16 +97,22 @@ class SplitData(pl.LightningDataModule):
 
     @property
     def kind(self) -> str:
-        """What a checkpoint must share with the run that goes on from it: whose rows are trained on, in which order."""
+        """What processes must share, and a checkpoint with the run that tests it: whose rows are trained on."""
+        return f"seed {self.seed}, batch size {self.batch_size}, {self._split()}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The same with all that is done to the rows, by the names of the configuration."""
+        batches = {"data.batch_size": self.batch_size, "data.augment": described(self.augment)}
+        return {"seed": self.seed, **batches, **self.normalised, "data.rows": self._split()}
+
+    def _split(self) -> str:
         digest = blake2b(digest_size=4)
         for ids in (self.val_ids, self.test_ids, self.owners, *self.shards.values(), *(self.columns or [])):
             digest.update(ids.numpy().tobytes())
+        digest.update(str(self.alike).encode())
         rows = f"{len(self.rows)} rows" if self.ids is None else f"{len(self.rows)} rows of ids {self.ids}"
-        return f"seed {self.seed}, batch size {self.batch_size}, {rows} split as {digest.hexdigest()}"
-
-    def alike(self) -> dict[str, str]:
-        """What all parties must have alike, in the order in which it is compared."""
-        return {"rows": str(len(self.rows))}
+        return f"{rows} split as {digest.hexdigest()}"
 
     def keep(self, owners: Mapping[str, Role], plays: Callable[[Role], bool]) -> None:
         """Let go of what belongs to other processes' parties: fields by their `owners`, and other Alices' rows.
@@ -136,7 +146,7 @@ class SplitData(pl.LightningDataModule):
         """Return a few training rows, by which a network takes its shapes."""
         shard = next(iter(self.shards.values()))
         rows = shard[torch.arange(size) % len(shard)]
-        fields = next(iter(self.rows.stream([rows], torch.device("cpu"))))
+        fields = in_dtype(next(iter(self.rows.stream([rows], torch.device("cpu")))), torch.float32)
         return {name: field.nan_to_num() for name, field in fields.items()} if self.lacks else fields
 
     def train_dataloader(self) -> TurnLoader:
@@ -176,11 +186,21 @@ class SplitData(pl.LightningDataModule):
         return EvalLoader(rows, ids, self.eval_batch_size, device, owners)
 
     def _place(self, rows: Rows) -> None:
-        """Stretches pass Lightning unopened, so rows get the trainer's precision (`64-true`) and device all at once."""
-        if isinstance(rows, InMemory):
-            fields = self.trainer.precision_plugin.convert_input(rows.fields)  # type: ignore[union-attr]
-            device = self.trainer.strategy.root_device  # type: ignore[union-attr]
-            rows.fields = {name: field.to(device) for name, field in fields.items()}
+        """Stretches pass Lightning unopened, so rows get the trainer's precision (`64-true`) and device here."""
+        dtype = self.trainer.precision_plugin.convert_input(torch.zeros(())).dtype  # type: ignore[union-attr]
+        rows.place(dtype, self.trainer.strategy.root_device)  # type: ignore[union-attr]
+
+
+def _alike(source: Source) -> dict[str, str]:
+    """What all parties must have alike by its name, in the order in which it is compared: in words, or a digest."""
+    names = {"classes": source.classes, "columns": source.columns}
+    told = {what: ", ".join(map(str, listed)) for what, listed in names.items() if listed is not None}
+    told["number of rows"] = str(len(source.train))  # type: ignore[arg-type]
+    if not isinstance(source.train, Part):  # which has some of the columns; its ids are compared
+        told |= digests(source.train)
+    if source.test is not None:
+        told |= {f"{what} for testing": digest for what, digest in digests(source.test).items()}
+    return told
 
 
 def _rows(dataset: Dataset, prepare: Normalise, in_memory: bool | None, num_workers: int) -> Rows:
@@ -224,7 +244,7 @@ def _labels(rows: Rows, dataset: Dataset, num_classes: int) -> Tensor:
     if isinstance(rows, InMemory):
         labels = rows.fields["y"]
     elif hasattr(dataset, "targets"):
-        labels = torch.as_tensor(dataset.targets).long()
+        labels = as_labels(torch.as_tensor(dataset.targets))
     else:
         return torch.full((len(rows),), -1)
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:

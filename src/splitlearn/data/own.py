@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, tensor
 from torch.utils.data import TensorDataset
 
+from splitlearn.csv_file import lines_of, number, other_delimiter
 from splitlearn.data.sources import Source
-from splitlearn.data.table import lines_of, number
+from splitlearn.data.table import warn_of_ids
 from splitlearn.errors import InputError
 from splitlearn.layout import Role
 
@@ -46,7 +47,15 @@ class Row(NamedTuple):
     y: int
 
 
-def own_table(path: str | Path, features: Sequence[str], label: str, classes: Sequence[str], id: str = "id") -> Source:
+def own_table(
+    path: str | Path,
+    features: Sequence[str],
+    label: str,
+    classes: Sequence[str],
+    id: str = "id",
+    encoding: str = "utf-8",
+    delimiter: str = ",",
+) -> Source:
     """The rows of one's own CSV, sorted by id: x float32 [C], its C `features`; y, its label's place among `classes`.
 
         id,age,weight            id,diagnosis
@@ -56,16 +65,19 @@ def own_table(path: str | Path, features: Sequence[str], label: str, classes: Se
     A file has the ids and any of the other columns. Of a column that it lacks, x is NaN and y is 0, not to be read.
     FileNotFoundError where it is not there; ValueError, by file and line, for what does not fit.
     """
+    path, label, id = Path(path).expanduser(), str(label), str(id)
     _check(features, label, classes, id)
-    path, features = Path(path).expanduser(), [str(name) for name in features]
-    header, rows = _read(path, features, label, [str(name) for name in classes], id)
+    features, classes = [str(name) for name in features], [str(name) for name in classes]
+    lines = lines_of(path, "data", "root", encoding, delimiter)
+    header, rows = _read(path, lines, features, label, classes, id)
     columns = {**dict(enumerate(features)), LABEL: label}
     lacks = {place: f"{path} has no column {name}" for place, name in columns.items() if name not in header}
     ids = sorted(rows)
     x, y = tensor([rows[name].x for name in ids]), tensor([rows[name].y for name in ids])
     file = blake2b(path.read_bytes(), digest_size=8).hexdigest()
     train = Part(x, y, ids, lacks, [name for name in features if name in header], file)
-    return Source(train, None, len(classes), features)
+    warn_of_ids(path, features, x.T.tolist())  # NaN, of a column that is not there, is no whole number
+    return Source(train, None, len(classes), features, classes)
 
 
 def hashed(names: Sequence[str], key: bytes) -> list[str]:
@@ -86,20 +98,30 @@ def require(owners: Mapping[str, Role], columns: Sequence[Tensor] | None, lacks:
 
 
 def _read(
-    path: Path, features: Sequence[str], label: str, classes: Sequence[str], id: str
+    path: Path,
+    lines: Iterator[tuple[str, list[str]]],
+    features: Sequence[str],
+    label: str,
+    classes: Sequence[str],
+    id: str,
 ) -> tuple[list[str], dict[str, Row]]:
     """Return the header, and the rows by their ids."""
-    lines = lines_of(path)
     where, header = next(lines)
     _check_header(where, header, [id, *features, label])
     rows: dict[str, Row] = {}
     for where, fields in lines:
         texts = dict(zip(header, fields, strict=True))
         name = texts[id]
+        if not name:
+            raise ValueError(f"{where}: the row has no {id}; fill it in, or remove the line")
         if name in rows:
             raise ValueError(f"{where}: {id} `{name}` is that of {rows[name].where} too; remove one of these lines")
-        x = [number(where, texts[column]) if column in texts else math.nan for column in features]
+        x = [number(where, column, texts[column]) if column in texts else math.nan for column in features]
         rows[name] = Row(where, x, _place(where, texts[label], classes) if label in texts else 0)
+    if not rows:
+        raise ValueError(f"{path} has no line below its header: it must have at least one row")
+    if label in header and len(rows) > 1 and len(held := {row.y for row in rows.values()}) < 2:
+        raise ValueError(f"{path}: column {label} must hold two labels or more, not only {classes[held.pop()]}")
     return header, rows
 
 
@@ -112,16 +134,16 @@ def _place(where: str, label: str, classes: Sequence[str]) -> int:
 
 def _check(features: Sequence[str], label: str, classes: Sequence[str], id: str) -> None:
     for key, names, least in (("features", features, 1), ("classes", classes, 2)):
-        if isinstance(names, str) or not least <= len(names) == len(set(names)):
+        if isinstance(names, str) or not least <= len(names) == len(set(map(str, names))):
             raise ValueError(f"`data.source.{key}` (={names}) must be a list of {least} or more, all different")
-    if id == label or {id, label} & set(features):
+    if id == label or {id, label} & set(map(str, features)):
         raise ValueError(f"`data.source.id` (={id}), `data.label` (={label}) and the features must be different")
 
 
 def _check_header(where: str, header: Sequence[str], known: Sequence[str]) -> None:
     if known[0] not in header or len(set(header)) < len(header):
-        rule = f"must have a column {known[0]}, by which rows are matched, and each column once"
-        raise ValueError(f"{where}: the header ({','.join(header)}) {rule}: see `data.source.id`")
+        rule = f"must have a column {known[0]}, by which rows are matched, and each column once: see `data.source.id`"
+        raise ValueError(f"{where}: the header ({','.join(header)}) {rule}{other_delimiter(header, 'data')}")
     if odd := [name for name in header if name not in known]:
         rule = f"is none of {', '.join(known)}; remove it, or add it to `data.source.features` at every party"
         raise ValueError(f"{where}: column {odd[0]} {rule}")

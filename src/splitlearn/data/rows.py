@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from splitlearn.errors import InputError
 
 Fields = dict[str, Tensor]
 """Data fields by name: `x` [B, ...] (or its columns `x0`, `x1`, ...) and `y` [B] int64."""
@@ -21,6 +24,10 @@ class Rows(Protocol):
 
     def keep(self, names: Collection[str], ids: Tensor | None = None) -> None:
         """Let go of all fields but these, and of all rows but `ids`; None keeps all rows."""
+        ...
+
+    def place(self, dtype: torch.dtype, device: torch.device) -> None:
+        """From now on fields of floating point are of this type; what is held in memory lies on `device`."""
         ...
 
     def stream(self, batches: Iterable[Tensor], device: torch.device) -> Iterator[Fields]:
@@ -81,6 +88,9 @@ class InMemory:
             self.places = torch.full((self.num_rows,), -1)
             self.places[ids] = torch.arange(len(ids))
 
+    def place(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.fields = {name: field.to(device) for name, field in in_dtype(self.fields, dtype).items()}
+
     def stream(self, batches: Iterable[Tensor], device: torch.device) -> Iterator[Fields]:
         for rows in batches:
             places = rows if self.places is None else self.places[rows]
@@ -94,6 +104,7 @@ class Streamed:
     def __init__(self, dataset: Dataset, prepare: Prepare, num_workers: int = 0) -> None:
         self.dataset, self.prepare, self.num_workers = dataset, prepare, num_workers
         self.names: Collection[str] | None = None  # None: all
+        self.dtype = torch.float32
         self.kept = torch.ones(len(dataset), dtype=torch.bool)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
@@ -105,6 +116,9 @@ class Streamed:
             self.kept = torch.zeros_like(self.kept)
             self.kept[ids if names else []] = True
 
+    def place(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+
     def stream(self, batches: Iterable[Tensor], device: torch.device) -> Iterator[Fields]:
         batches = list(batches)
         wanted = [bool(self.kept[rows].all()) for rows in batches]
@@ -112,15 +126,23 @@ class Streamed:
             self.dataset,
             batch_sampler=[rows.tolist() for rows, wants in zip(batches, wanted, strict=True) if wants],
             num_workers=self.num_workers,
+            collate_fn=_collate,
+            multiprocessing_context=multiprocessing.get_all_start_methods()[0] if self.num_workers else None,
             pin_memory=device.type == "cuda",
         )
         read = iter(loader)
         for wants in wanted:
-            x, y = next(read) if wants else (None, None)
+            try:
+                x, y = next(read) if wants else (None, None)
+            except InputError as error:  # a worker's has its traceback before the message
+                raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from error
             yield {} if x is None or y is None else self._fields(x, y, device)
 
     def _fields(self, x: Tensor, y: Tensor, device: torch.device) -> Fields:
-        fields = {**self.prepare(x.to(device, non_blocking=True)), "y": y.to(device, non_blocking=True).long()}
+        fields = {
+            **in_dtype(self.prepare(x.to(device, non_blocking=True)), self.dtype),
+            "y": as_labels(y.to(device, non_blocking=True)),
+        }
         return {name: field for name, field in fields.items() if self.names is None or name in self.names}
 
 
@@ -128,9 +150,33 @@ def load(dataset: Dataset) -> tuple[Tensor, Tensor]:
     """Read a whole map-style data set of (x, label) into tensors [N, ...] and [N] int64."""
     tensors = getattr(dataset, "tensors", None)
     if tensors is not None:
-        return tensors[0], tensors[1].long()
+        return tensors[0], as_labels(tensors[1])
     xs, ys = zip(*(dataset[i] for i in range(len(dataset))), strict=True)  # type: ignore[arg-type]
-    return torch.stack([torch.as_tensor(x) for x in xs]), torch.as_tensor(ys, dtype=torch.int64)
+    return torch.stack(_alike([torch.as_tensor(x) for x in xs])), as_labels(torch.as_tensor(ys))
+
+
+def _alike(xs: list[Tensor]) -> list[Tensor]:
+    if odd := [x for x in xs if x.shape != xs[0].shape]:
+        unlike = f"one row has shape {list(xs[0].shape)} and another {list(odd[0].shape)}"
+        raise InputError(f"{unlike}: rows must be of one shape; pad or crop them in the data set")
+    return xs
+
+
+def _collate(items: list[tuple[Any, Any]]) -> Any:
+    _alike([torch.as_tensor(x) for x, _ in items])
+    return default_collate(items)
+
+
+def as_labels(y: Tensor) -> Tensor:
+    """Return labels [N] int64 of [N] or [N, 1]; ValueError for others."""
+    if y.ndim != 1 and (y.ndim != 2 or y.shape[1] != 1):
+        raise ValueError(f"labels have shape {list(y.shape)}: they must be one whole number a row, [N] or [N, 1]")
+    return y.flatten().long()
+
+
+def in_dtype(fields: Fields, dtype: torch.dtype) -> Fields:
+    """Return the fields with those of floating point in this type."""
+    return {name: field.to(dtype) if field.is_floating_point() else field for name, field in fields.items()}
 
 
 def moments(x: Tensor) -> tuple[list[float], list[float]]:

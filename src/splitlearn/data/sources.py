@@ -23,8 +23,11 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST, ImageFo
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 
+from splitlearn.errors import InputError
+
 Torchvision = type[MNIST] | type[CIFAR10]
 ELSEWHERE = "name a folder that has them in data.root or SPLITLEARN_DATA, or take data=digits, which needs no files"
+SYSTEM = {"__MACOSX", "System Volume Information", "$RECYCLE.BIN", "@eaDir", "lost+found", "Thumbs.db"}
 AGAIN = "delete it and fetch it again with data.download=true"
 
 
@@ -32,13 +35,14 @@ class Source(NamedTuple):
     """Map-style data sets of items (x, label): x a tensor [C, H, W], uint8 pixels or floats; label in 0..num_classes-1.
 
     `test` is None where the source has no test set of its own: the caller splits one off `train`. `columns` names the
-    last dimension of x where its values have names.
+    last dimension of x where its values have names, `classes` the labels, in their order, where they have some.
     """
 
     train: Dataset
     test: Dataset | None
     num_classes: int
     columns: Sequence[str] | None = None
+    classes: Sequence[str] | None = None
 
 
 def digits() -> Source:
@@ -70,6 +74,14 @@ def cifar100(root: str | Path, download: bool = False) -> Source:
     return _cifar(CIFAR100, root, download)
 
 
+class Pictures(ImageFolder):
+    """An ImageFolder without hidden folders, and those that operating systems leave."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        classes = _class_folders(Path(directory))
+        return classes, {name: i for i, name in enumerate(classes)}
+
+
 def image_folder(root: str | Path, image_size: int | None = None) -> Source:
     """Pictures in class folders, `root`/CLASS/* or `root`/train/CLASS/* with `root`/test/CLASS/*: uint8 [3, H, W].
 
@@ -82,7 +94,9 @@ def image_folder(root: str | Path, image_size: int | None = None) -> Source:
         raise ValueError(f"`data.image_size` (={image_size}) must be at least 1 pixel, or null to keep pictures' own")
     if not root.is_dir():
         raise FileNotFoundError(f"`data.root` (={root}) is not a folder: name the one that holds the class folders")
-    split = any(entry.is_dir() for entry in (root / "train").glob("*"))  # else train may be a class, beside bus and car
+    split = (root / "train").is_dir() and bool(
+        _class_folders(root / "train")
+    )  # else train may be a class, beside bus and car
     train = _pictures(root / "train" if split else root, image_size)
     test = _pictures(root / "test", image_size) if split and (root / "test").is_dir() else None
     if split and test is None and (root / "val").is_dir():
@@ -93,7 +107,7 @@ def image_folder(root: str | Path, image_size: int | None = None) -> Source:
         raise ValueError(f"train and test in {root} must have the same class folders, but {odd}: add those folders")
     if image_size is None:
         _require_one_size([path for path, _ in train.samples + (test.samples if test else [])])
-    return Source(train, test, len(train.classes))
+    return Source(train, test, len(train.classes), classes=train.classes)
 
 
 def datasets(train: Dataset, test: Dataset | None = None, num_classes: int | None = None) -> Source:
@@ -188,15 +202,29 @@ def _download(dataset: Torchvision, root: Path, folder: Path, files: Sequence[st
 
 
 def _pictures(folder: Path, image_size: int | None) -> ImageFolder:
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    classes = _class_folders(folder)
     if len(classes) < 2:
         raise ValueError(f"{folder} must hold two class folders or more, not {classes}: give each class a folder")
     for name in classes:  # torchvision would look deeper, and take training/cat/1.png for a picture of a training
-        if not any(file.suffix.lower() in IMG_EXTENSIONS for file in (folder / name).iterdir()):
+        if not any(_is_picture(file, folder / name) for file in (folder / name).iterdir()):
             rule = f"each folder in {folder} is a class and must hold pictures ({', '.join(IMG_EXTENSIONS)}) itself"
             raise ValueError(f"{folder / name} holds none: {rule}; fill it or move it away")
     steps = [] if image_size is None else [transforms.Resize(image_size), transforms.CenterCrop(image_size)]
-    return ImageFolder(str(folder), transforms.Compose([*steps, transforms.PILToTensor()]), loader=_read_rgb)
+    prepare = transforms.Compose([*steps, transforms.PILToTensor()])
+    return Pictures(str(folder), prepare, loader=_read_rgb, is_valid_file=lambda path: _is_picture(Path(path), folder))
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
+
+
+def _is_picture(path: Path, folder: Path) -> bool:
+    return path.suffix.lower() in IMG_EXTENSIONS and not any(map(_is_hidden, path.relative_to(folder).parts))
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a user does not see it, or an operating system left it: `.ipynb_checkpoints`, `._cat.png`, `@eaDir`."""
+    return name.startswith(".") or name in SYSTEM
 
 
 def _require_one_size(paths: Sequence[str]) -> None:
@@ -218,7 +246,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
                 raise ValueError(f"mode {image.mode} has more than 8 bits")
             yield image
     except Exception as error:  # damaged files raise OSError, SyntaxError, struct.error and more, as the format likes
-        raise ValueError(f"{path} cannot be read as 8-bit pixels ({error}): replace or remove it") from error
+        raise InputError(f"{path} cannot be read as 8-bit pixels ({error}): replace or remove it") from error
 
 
 def _read_rgb(path: str) -> Image.Image:
@@ -238,6 +266,10 @@ def _require_samples(name: str, dataset: Any) -> None:
         operator.index(label)
     except (TypeError, ValueError):
         raise ValueError(f"{kind} must have items (tensor, int label): wrap it in a data set that has") from None
+    if isinstance(x, (tuple, list, dict)):
+        raise ValueError(
+            f"{kind} gives x as {type(x).__name__}, not as one tensor: join its parts, with torch.cat, say"
+        )
     if not isinstance(x, Tensor):
         raise ValueError(f"{kind} gives x as {type(x).__name__}, not as a tensor: give it transform=PILToTensor(), say")
 

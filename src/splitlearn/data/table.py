@@ -2,42 +2,74 @@
 
 from __future__ import annotations
 
-import csv
-import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch.utils.data import TensorDataset
 
+from splitlearn.csv_file import lines_of, number, other_delimiter
 from splitlearn.data.sources import Source
 
-LARGEST = torch.finfo(torch.float32).max
+FEW = 20  # rows or classes among which all may well be different
 
 
-def table(path: str | Path, label: str, test_path: str | Path | None = None) -> Source:
+def table(
+    path: str | Path,
+    label: str,
+    test_path: str | Path | None = None,
+    features: Sequence[str] | None = None,
+    drop: Sequence[str] = (),
+    encoding: str = "utf-8",
+    delimiter: str = ",",
+) -> Source:
     """The rows of a CSV with a header: x float32 [C], its C columns of numbers in their order; y from column `label`.
 
         age,pressure,diagnosis
         63,145,healthy
         41,130,ill
 
-    Labels are any text, and numbered as they sort. A test file has the same columns, and no label of its own.
-    FileNotFoundError where a file is not there; ValueError, by file and line, for what is not a table of numbers.
+    Labels are any text, and numbered as they sort. `features` names the columns of x, `drop` those that are left out. A
+    test file has the same columns, and no label of its own. FileNotFoundError where a file is not there; ValueError, by
+    file and line, for what is not a table of numbers, and for labels that are mostly different.
     """
-    names, x, labels = _read(Path(path).expanduser(), label)
+    path, label = Path(path).expanduser(), str(label)
+
+    def read(path: Path) -> tuple[list[str], list[list[float]], list[str]]:
+        return _read(path, label, features, drop, encoding, delimiter)
+
+    names, x, labels = read(path)
     classes = sorted(set(labels))
-    if len(classes) < 2:
-        raise ValueError(f"{path}: column {label} must hold two labels or more, not only {classes[0]}")
+    _check_classes(path, label, classes, len(labels))
     train = _dataset(x, labels, classes)
+    warn_of_ids(path, names, zip(*x, strict=True))
     if test_path is None:
-        return Source(train, None, len(classes), names)
-    test_names, x, labels = _read(Path(test_path).expanduser(), label)
+        return Source(train, None, len(classes), names, classes)
+    test_names, x, labels = read(Path(test_path).expanduser())
     if test_names != names:
         raise ValueError(f"{test_path} must have the columns of {path}, {', '.join(names)}, in the same order")
     if odd := sorted(set(labels) - set(classes)):
         raise ValueError(f"{test_path} has labels that {path} has not, {', '.join(odd[:5])}: add them there")
-    return Source(train, _dataset(x, labels, classes), len(classes), names)
+    return Source(train, _dataset(x, labels, classes), len(classes), names, classes)
+
+
+def warn_of_ids(path: Path, names: Sequence[str], columns: Iterable[Sequence[float]]) -> None:
+    """Warn of columns whose values are whole numbers, all different, as a running number of rows is."""
+    for name, values in zip(names, columns, strict=True):
+        if len(values) > FEW and len(set(values)) == len(values) and all(value.is_integer() for value in values):
+            rule = "has whole numbers, all different, as an id has, by which rows would be learnt by heart"
+            warnings.warn(f"{path}: column {name} {rule}: leave it out if it is one", stacklevel=3)
+
+
+def _check_classes(path: Path, label: str, classes: Sequence[str], num_rows: int) -> None:
+    if len(classes) < 2:
+        raise ValueError(f"{path}: column {label} must hold two labels or more, not only {classes[0]}")
+    if len(classes) > FEW and 2 * len(classes) > num_rows:
+        rule = f"has {len(classes)} different values in {num_rows} rows, which are no classes"
+        raise ValueError(
+            f"{path}: column {label} {rule}: name another in `data.label`, or sort its values into classes"
+        )
 
 
 def _dataset(x: list[list[float]], labels: list[str], classes: list[str]) -> TensorDataset:
@@ -45,48 +77,41 @@ def _dataset(x: list[list[float]], labels: list[str], classes: list[str]) -> Ten
     return TensorDataset(torch.tensor(x, dtype=torch.float32), torch.tensor([number[name] for name in labels]))
 
 
-def _read(path: Path, label: str) -> tuple[list[str], list[list[float]], list[str]]:
+def _read(
+    path: Path, label: str, features: Sequence[str] | None, drop: Sequence[str], encoding: str, delimiter: str
+) -> tuple[list[str], list[list[float]], list[str]]:
     """Return the names of the columns, their values [N][C], and the labels [N]."""
-    rows = lines_of(path)
+    rows = lines_of(path, "data", "root", encoding, delimiter)
     where, header = next(rows)
     if len(header) < 2 or len(set(header)) < len(header):
-        raise ValueError(f"{where}: the header ({','.join(header)}) must name two columns or more, all different")
+        rule = "must name two columns or more, all different"
+        raise ValueError(f"{where}: the header ({','.join(header)}) {rule}{other_delimiter(header, 'data')}")
     if label not in header:
         raise ValueError(f"`data.label` (={label}) must be a column of {path}: {', '.join(header)}")
-    place, x, labels = header.index(label), [], []
+    names = _chosen(path, [name for name in header if name != label], features, drop)
+    places, place, x, labels = [header.index(name) for name in names], header.index(label), [], []
     for where, fields in rows:
-        labels.append(fields.pop(place))
-        x.append([number(where, text) for text in fields])
-    return [name for name in header if name != label], x, labels
-
-
-def lines_of(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield the header of a CSV, then the fields of each line that is not empty; before each, where it stands.
-
-    FileNotFoundError where the file is not there; ValueError for a line that is shorter or longer than the header, and
-    where there is none.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"`data.root` (={path}) is not a file: name a CSV with a header")
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        lines, fields = csv.reader(file), []
-        header = next(lines, [])
-        yield f"{path}, line 1", [name.strip() for name in header]
-        for fields in filter(None, lines):
-            where = f"{path}, line {lines.line_num}"
-            if len(fields) != len(header):
-                raise ValueError(f"{where}: {len(fields)} fields, but the header has {len(header)}; mend the line")
-            yield where, [text.strip() for text in fields]
-    if not fields:
+        if not fields[place]:
+            raise ValueError(f"{where}: column {label} has no label; fill it in, or remove the line")
+        labels.append(fields[place])
+        x.append([number(where, name, fields[i]) for name, i in zip(names, places, strict=True)])
+    if not labels:
         raise ValueError(f"{path} has no line below its header: it must have at least one row")
+    return names, x, labels
 
 
-def number(where: str, text: str) -> float:
-    """Return the number that `text` is; ValueError, saying `where`, for what float32 cannot hold."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not abs(value) <= LARGEST:
-        raise ValueError(f"{where}: `{text}` is not a number of float32; fill it in, or remove its line or column")
-    return value
+def _chosen(path: Path, names: list[str], features: Sequence[str] | None, drop: Sequence[str]) -> list[str]:
+    """Return those of the columns that x has; their names may be numbers, which Hydra reads as such."""
+    for key, listed in (("features", features), ("drop", drop)):
+        if isinstance(listed, str):
+            raise ValueError(f"`data.{key}` (={listed}) must be a list: data.{key}=[{listed}]")
+        if odd := [str(name) for name in listed or () if str(name) not in names]:
+            raise ValueError(
+                f"`data.{key}` has `{odd[0]}`, which is no column of numbers of {path}: {', '.join(names)}"
+            )
+    if features is not None and (drop or not 1 <= len(features) == len({str(name) for name in features})):
+        raise ValueError(f"`data.features` (={features}) must name columns, each once, and `data.drop` then be empty")
+    left = [name for name in names if name not in {str(name) for name in drop}]
+    if not left:
+        raise ValueError(f"`data.drop` (={drop}) leaves no column of {path}: keep one")
+    return left if features is None else [str(name) for name in features]

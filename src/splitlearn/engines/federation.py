@@ -22,6 +22,7 @@ from splitlearn.engines.greetings import (
     check_welcome,
     warn_of_threads,
 )
+from splitlearn.engines.simulated import tested
 from splitlearn.engines.snapshots import Snapshots, common_in, path_of, steps_in
 from splitlearn.engines.together import Together
 from splitlearn.engines.wiring import Wiring
@@ -81,11 +82,12 @@ class Federation:
         shared: Mapping[str, Any],
         output_dir: str,
         ckpt: str | None,
+        test: str = "last",
     ) -> dict[str, float]:
         """Join the others, fit and test; return the last value of every metric.
 
         `shared` is the part of the configuration that all must have alike, `output_dir` this party's folder, `ckpt`
-        that of a run to go on from.
+        that of a run to go on from; `test`: the `last` weights or each party's `best`.
         """
         self.learner, self.data, parties = learner, data, parties_of(learner)
         folder = Path(output_dir)
@@ -107,7 +109,7 @@ class Federation:
         trainer.callbacks.append(saves)  # type: ignore[attr-defined]
         trainer.fit(learner, datamodule=data, ckpt_path=path_of(folders, run, step) if step else None)
         metrics = dict(trainer.callback_metrics)
-        trainer.test(learner, datamodule=data, verbose=False)
+        trainer.test(learner, datamodule=data, ckpt_path=tested(trainer, test), verbose=False)
         self.wire.gather("farewell")
         star.close(self.timeout)
         return {name: float(value) for name, value in {**metrics, **trainer.callback_metrics}.items()}
@@ -141,9 +143,9 @@ class Federation:
             "party": self.attempt.party,
             "version": version("splitlearn"),
             "torch": torch.__version__.partition("+")[0],
-            **{name: value for name, value in self.learner.kind(self.data).items() if name != "optimizer"},
+            **self.learner.kind(self.data),
             "config": dict(shared),
-            "alike": self.data.alike(),
+            "alike": self.data.alike,
             "file": self.data.own_file,
             "run": self.attempt.run,
             "resumes": ckpt is not None,
@@ -172,10 +174,10 @@ class Federation:
         self.post({"port": listener.port})
         listener.say, listener.patient = self._say, self.patient
         ca = None if identity is None else identity.ca
-        greetings = listener.gather(
+        others = listener.gather(
             present, lambda other: check_greeting(greeting, other, party, ca, self.data.names), self.join_timeout
         )
-        greetings[party] = greeting
+        greetings = {party: greeting, **others}
         check_columns(greetings)
         self.wiring.check_gpus({name: each["gpu"] for name, each in greetings.items()})
         warn_of_threads(greetings)
@@ -202,9 +204,10 @@ class Federation:
         """The most bytes that a message may need: a tensor of the weights, or the activation of a mini-batch."""
         assert self.learner is not None
         network = self.learner.network
-        sizes = [p.numel() for _, segment in network.program for p in segment.parameters()]
+        weights = [w for _, segment in network.program for w in (*segment.parameters(), *segment.buffers())]
         rows = max(self.data.batch_size, self.data.eval_batch_size)
-        most = WIDEST * max([*sizes, *(rows * value[0].numel() for value in network.shapes.values())])
+        activations = (rows * value[0].numel() for value in network.shapes.values())
+        most = WIDEST * max([*(weight.numel() for weight in weights), *activations])
         self.wiring.check_size(most // 2)  # of single precision
         return most
 

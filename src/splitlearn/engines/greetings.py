@@ -39,10 +39,11 @@ def check_greeting(
     for key in sorted({*ours["config"], *theirs["config"]}):
         both.compare(key, ours["config"].get(key), theirs["config"].get(key), "all must be started with the same")
     _check_proof(ours, theirs, ca)
-    for key in ("resumes", "layout", "model", "num_alices", "schedule"):
-        both.compare(key, ours[key], theirs[key], "they must be the same")
+    both.compare("resumes", ours["resumes"], theirs["resumes"], "they must be the same")
     both.compare_ids(names)
-    both.compare_data()
+    both.compare_data()  # before what follows from it: other classes make another model
+    for key in ("layout", "model", "num_alices", "schedule"):
+        both.compare(key, ours[key], theirs[key], "they must be the same")
     both.compare("data", ours["data"], theirs["data"], "the data must be the same at both")
 
 
@@ -67,10 +68,13 @@ class Both(NamedTuple):
     def compare_data(self) -> None:
         """Raises DifferenceError with the first difference in what all must have alike; a digest is not shown."""
         cure = "give both the same data by `data.root`"
+        reordered = self.ours["alike"].get("rows", 0) == self.theirs["alike"].get("rows", 1)
         for key, mine in self.ours["alike"].items():
             others = self.theirs["alike"].get(key, mine)  # of what only one of both has, nothing is to be compared
             if mine != others and DIGEST.fullmatch(mine):
-                raise DifferenceError(f"the {key} differ between {self.hub} and {self.party}: {cure}")
+                how = "the same rows, but in another order: " if reordered else ""
+                fault = f"`{outside(key, SHOWN)}` is not the same at {self.hub} and {self.party}"
+                raise DifferenceError(f"{fault}: {how}{cure}")
             self.compare(key, mine, others, cure)
 
     def compare_ids(self, names: Sequence[str]) -> None:

@@ -59,11 +59,12 @@ def path_of(folders: Sequence[Path], run: str, step: int) -> Path:
 
 
 def steps_in(folders: Sequence[Path]) -> dict[str, list[int]]:
-    """Return the steps of which the folders have snapshots, ascending, by run."""
+    """Return the steps of which the folders have snapshots, ascending, by run: the run that saved last stands last."""
     steps: dict[str, set[int]] = {}
-    names = [path.name for folder in folders for path in folder.glob("*.ckpt")]
-    for match in filter(None, map(NAME.fullmatch, names)):
-        steps.setdefault(match[1], set()).add(int(match[2]))
+    paths = [path for folder in folders for path in folder.glob("*.ckpt")]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
+        if match := NAME.fullmatch(path.name):
+            steps[match[1]] = {*steps.pop(match[1], ()), int(match[2])}
     return {run: sorted(found) for run, found in steps.items()}
 
 
@@ -73,12 +74,13 @@ def common_in(folders: Sequence[Path]) -> list[str]:
 
 
 def newest_common(offers: list[dict[str, list[int]]]) -> tuple[str, int] | None:
-    """Return (run, step) of the newest snapshot that all have, each of whom offers `steps_in` his folder."""
-    common = [
-        (step, run)
-        for run, steps in offers[0].items()
-        for step in steps
-        if all(step in offer.get(run, []) for offer in offers)
-    ]
-    step, run = max(common, default=(0, ""))
-    return (run, step) if run else None
+    """Return (run, step) of the newest snapshot that all have, each of whom offers `steps_in` his folder.
+
+    Of several runs in a folder the latest counts, however far an earlier one came; which is the latest says
+    the first, should folders differ.
+    """
+    if not offers[0]:
+        return None
+    run = next(reversed(offers[0]))
+    common = set.intersection(*(set(offer.get(run, [])) for offer in offers))
+    return (run, max(common)) if common else None

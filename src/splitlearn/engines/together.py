@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.trainer.states import TrainerFn
 
 from splitlearn.layout import Party
 from splitlearn.learner import SplitLearner
@@ -44,6 +45,10 @@ class Together(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.earlier = state_dict["seconds"]
         self.wire.overhead.update(state_dict["overhead"])
+
+    def on_validation_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._tell(learner, {})  # so that all draw the accuracy over the same bytes
 
     def on_train_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
         self.seconds = self._spent()

@@ -145,7 +145,7 @@ def _pieces(model: nn.Module, graph: fx.Graph) -> list[list[fx.Node]]:
     alive: set[Any] = set()
     pieces: list[list[fx.Node]] = [[]]
     for node in graph.nodes:
-        alive |= {node, *_weights(model, node)}
+        alive |= {node, *_held(model, node)}
         alive = {used for used in alive if used in last and order[last[used]] > order[node]}
         if node.op not in ("placeholder", "get_attr", "output"):
             pieces[-1].append(node)
@@ -155,15 +155,15 @@ def _pieces(model: nn.Module, graph: fx.Graph) -> list[list[fx.Node]]:
 
 
 def _uses(model: nn.Module, node: fx.Node) -> list[Any]:
-    """What a node reads: the results of others, and weights by name."""
-    return [*(read for read in node.all_input_nodes if read.op != "get_attr"), *_weights(model, node)]
+    """What a node reads: the results of others, and weights, which may be tied under several names, as objects."""
+    return [*(read for read in node.all_input_nodes if read.op != "get_attr"), *_held(model, node)]
 
 
-def _weights(model: nn.Module, node: fx.Node) -> list[str]:
-    own = [str(read.target) for read in node.all_input_nodes if read.op == "get_attr"]
-    if node.op == "call_module" and any(True for _ in model.get_submodule(str(node.target)).parameters()):
-        own.append(str(node.target))
-    return own
+def _held(model: nn.Module, node: fx.Node) -> list[int]:
+    """The identities of the tensors that a node reads, or that its module has."""
+    read = [operator.attrgetter(str(read.target))(model) for read in node.all_input_nodes if read.op == "get_attr"]
+    module = model.get_submodule(str(node.target)) if node.op == "call_module" else nn.Module()
+    return [id(tensor) for tensor in (*read, *module.parameters(), *module.buffers())]
 
 
 def _is_several(node: fx.Node) -> bool:
@@ -183,7 +183,9 @@ def _merge(model: nn.Module, pieces: Sequence[list[fx.Node]]) -> list[list[fx.No
 
 
 def _have_weights(model: nn.Module, piece: Sequence[fx.Node]) -> bool:
-    return any(_weights(model, node) for node in piece)
+    modules = [model.get_submodule(str(node.target)) for node in piece if node.op == "call_module"]
+    read = any(read.op == "get_attr" for node in piece for read in node.all_input_nodes)
+    return read or any(True for module in modules for _ in module.parameters())
 
 
 def _titles(pieces: Sequence[Sequence[fx.Node]]) -> list[str]:
