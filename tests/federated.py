@@ -18,7 +18,7 @@ from torch import distributed as dist
 from torch.utils.data import TensorDataset
 
 from splitlearn.data import Source
-from splitlearn.engines.wiring import GlooWiring, NcclWiring
+from splitlearn.federation.wiring import GlooWiring, NcclWiring
 from splitlearn.train import train
 
 TINY = (

@@ -15,9 +15,9 @@ from splitlearn.data import Source, SplitData
 from splitlearn.layout import Layout
 from splitlearn.learner import SplitLearner
 from splitlearn.network import Batch, SplitNetwork
-from splitlearn.schedule import Schedule, Step
+from splitlearn.schedules.schedule import Schedule, Step
+from splitlearn.schedules.sharing import Handoff
 from splitlearn.seeds import derive
-from splitlearn.sharing import Handoff
 from splitlearn.wire import Message, Wire
 
 SEED = 3

@@ -12,16 +12,16 @@ from pytorch_lightning.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from splitlearn.callbacks import Results
+from splitlearn.callbacks.run import Results
 from splitlearn.data import Source, SplitData
 from splitlearn.data.loader import EvalLoader, TurnLoader
-from splitlearn.engines.simulated import SafeCheckpointIO
+from splitlearn.data.partition import iid
 from splitlearn.layout import two_party
 from splitlearn.learner import SplitLearner
 from splitlearn.network import SplitNetwork
-from splitlearn.partition import iid
-from splitlearn.schedule import Schedule
-from splitlearn.sharing import Handoff
+from splitlearn.schedules.schedule import Schedule
+from splitlearn.schedules.sharing import Handoff
+from splitlearn.training.checkpoints import SafeCheckpointIO
 from splitlearn.wire import Wire
 
 TWO_PARTY = two_party(BLOCKS, 2)

@@ -16,18 +16,18 @@ from typing import Any
 import torch
 
 from splitlearn.certificates import Identity
-from splitlearn.engines.wiring import GlooWiring
-from splitlearn.frame import FrameError, Header, pack
-from splitlearn.hub import Hub
-from splitlearn.remote import RemoteWire
-from splitlearn.star import Greeting, Member, Star
+from splitlearn.federation.frame import FrameError, Header, pack
+from splitlearn.federation.hub import Hub
+from splitlearn.federation.remote_wire import RemoteWire
+from splitlearn.federation.streams import Greeting, Member, Star
+from splitlearn.federation.wiring import GlooWiring
 
 PARTIES = ("bob", "alice0", "alice1")
 RUN = bytes(range(16))
 LIMIT = 2**20  # bytes of a message
 PATIENCE = 5.0  # seconds for what should take none
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["splitlearn.engines.wiring"])  # so that a process starts in no time
+CONTEXT.set_forkserver_preload(["splitlearn.federation.wiring"])  # so that a process starts in no time
 
 
 def framed(

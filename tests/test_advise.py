@@ -10,7 +10,7 @@ from torch import nn
 
 from splitlearn import advise as module
 from splitlearn.advise import advise, main
-from splitlearn.cuts import Cut
+from splitlearn.costs.by_cut import Cut
 from splitlearn.errors import InputError
 from splitlearn.train import train
 
@@ -130,7 +130,7 @@ def test_numbers_have_three_digits(number, text):
 
 def test_a_link_tells_the_seconds(configure, capsys):
     cfg = configure("model=mlp", "model.hidden_sizes=[4]", "data.batch_size=1258")  # all rows in one mini-batch
-    link = {"_target_": "splitlearn.link.Link", "bandwidth": "8kbit/s", "latency": "2s"}
+    link = {"_target_": "splitlearn.costs.link.Link", "bandwidth": "8kbit/s", "latency": "2s"}
     OmegaConf.update(cfg, "link", link, force_add=True)
     (cut,) = advise(cfg)
     assert cut.epoch_seconds == pytest.approx(2 * (2 + 1258 * 16 / 1000))

@@ -6,7 +6,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from splitlearn.averaging import WeightedMean
+from splitlearn.schedules.weighted_mean import WeightedMean
 
 
 def mean_of(sent, weights, like=None):

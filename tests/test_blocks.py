@@ -14,16 +14,16 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from runs import make_data, make_learner, make_trainer
 from torch import nn
 
-from splitlearn.checks import warn_of_raw_rows
-from splitlearn.cuts import Terms, compare, measure
-from splitlearn.engines.federation import Federation
+from splitlearn.costs.by_cut import Terms, compare, measure
+from splitlearn.federation.party import Federation
+from splitlearn.federation.remote_wire import WIDEST, RemoteWire
 from splitlearn.layout import Layout, multi_hop, two_party, u_shaped, vertical, whole
-from splitlearn.means import Average, MeanGradient
 from splitlearn.models.layers import lazily
 from splitlearn.models.zoo import cut_up
 from splitlearn.network import SplitNetwork
-from splitlearn.remote import WIDEST, RemoteWire
-from splitlearn.sharing import Handoff, Personal
+from splitlearn.schedules.aggregation import Average, MeanGradient
+from splitlearn.schedules.sharing import Handoff, Personal
+from splitlearn.training.checks import warn_of_raw_rows
 from splitlearn.wire import Wire
 
 NAMES = ("a", "b", "c", "d", "e", "f", "g")

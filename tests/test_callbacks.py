@@ -21,13 +21,13 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from splitlearn.callbacks import ProgressBar, Results, write_whole
+from splitlearn.callbacks.partition_figure import who_has_what
+from splitlearn.callbacks.run import ProgressBar, Results, write_whole
+from splitlearn.callbacks.tensorboard import Watch, _strip, has_many_alices
 from splitlearn.data import Source, SplitData
-from splitlearn.engines.simulated import SafeCheckpointIO
 from splitlearn.errors import InputError
 from splitlearn.layout import vertical
-from splitlearn.picture import who_has_what
-from splitlearn.watch import Watch, _strip, has_many_alices
+from splitlearn.training.checkpoints import SafeCheckpointIO
 
 # FLOPs of one row of `net`: of the convolution and the first linear layer, and of the others. Nobody wants the gradient
 # of the image.

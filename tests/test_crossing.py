@@ -5,8 +5,8 @@ import torch
 from helpers import ADAM, BLOCKS, SGD, Recorder, differences, make_rows, net, train
 
 from splitlearn.layout import extended_vanilla, multi_hop, two_party, u_shaped, vertical, whole
-from splitlearn.means import Average, MeanGradient
-from splitlearn.sharing import Handoff, Personal
+from splitlearn.schedules.aggregation import Average, MeanGradient
+from splitlearn.schedules.sharing import Handoff, Personal
 
 P = 19  # rows; behind the blocks are 48, 10, 7 and 3 elements a row
 TWICE = 2 * P  # epochs times rows: the last mini-batch of each is short, and no row is dropped

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from splitlearn.cuts import Terms, break_even, compare, measure
-from splitlearn.flops import cost_of
-from splitlearn.leakage import distance_correlation
+from splitlearn.costs.by_cut import Terms, break_even, compare, measure
+from splitlearn.costs.flops import cost_of
+from splitlearn.costs.leakage import distance_correlation
 from splitlearn.models import lenet
 
 ROWS = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from splitlearn import layout
-from splitlearn.drawing import draw
+from splitlearn.callbacks.layout_drawing import draw
 from splitlearn.models import mlp
 from splitlearn.network import SplitNetwork
-from splitlearn.schedule import Schedule
+from splitlearn.schedules.schedule import Schedule
 from splitlearn.wire import Wire
 
 MNIST = {"x": (1, 28, 28)}

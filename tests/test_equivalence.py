@@ -35,9 +35,9 @@ from torch import nn
 
 from splitlearn import layout as layouts
 from splitlearn.layout import multi_hop, two_party, u_shaped, whole
-from splitlearn.means import Average, MeanGradient
 from splitlearn.models.layers import dense_blocks, in_order, lazily
-from splitlearn.sharing import Handoff, Personal, Shared
+from splitlearn.schedules.aggregation import Average, MeanGradient
+from splitlearn.schedules.sharing import Handoff, Personal, Shared
 
 CHAINS = {
     "whole": whole(BLOCKS),

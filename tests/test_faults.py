@@ -9,8 +9,8 @@ import pytest
 from federated import killer, run_tiny, weights_of
 from helpers import differences
 
-from splitlearn.engines.processes import PartyLostError
 from splitlearn.errors import InputError
+from splitlearn.federation.processes import PartyLostError
 
 
 def test_stop_says_who_when_and_how_to_go_on(configure, tmp_path):

@@ -18,18 +18,18 @@ from helpers import BLOCKS as NET
 from helpers import make_network
 
 from splitlearn.certificates import make_certificates
-from splitlearn.engines.federation import Attempt, Federation, parties_of
-from splitlearn.engines.greetings import agree, check_greeting, check_welcome, warn_of_threads
-from splitlearn.engines.processes import PartyLostError, Processes
-from splitlearn.engines.snapshots import newest_common, steps_in
-from splitlearn.engines.wiring import GlooWiring, GrpcWiring
 from splitlearn.errors import InputError
-from splitlearn.federate import _as_rank, _take_gpu, shared_by_all
+from splitlearn.federation.greetings import agree, check_greeting, check_welcome, warn_of_threads
+from splitlearn.federation.launch import _as_rank, _take_gpu, shared_by_all
+from splitlearn.federation.party import Attempt, Federation, parties_of
+from splitlearn.federation.processes import PartyLostError, Processes
+from splitlearn.federation.snapshots import newest_common, steps_in
+from splitlearn.federation.streams import DifferenceError
+from splitlearn.federation.wiring import GlooWiring, GrpcWiring
 from splitlearn.layout import multi_hop, two_party, u_shaped, vertical, whole
-from splitlearn.means import Average, MeanGradient
-from splitlearn.schedule import Schedule
-from splitlearn.sharing import Handoff, Personal
-from splitlearn.star import DifferenceError
+from splitlearn.schedules.aggregation import Average, MeanGradient
+from splitlearn.schedules.schedule import Schedule
+from splitlearn.schedules.sharing import Handoff, Personal
 from splitlearn.train import train
 
 BLOCKS = ("a", "b", "c")

@@ -9,12 +9,12 @@ from helpers import BLOCKS, make_batch, make_network, make_rows, net, run_blocks
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from splitlearn import flops
-from splitlearn.flops import Cost, Meter, add_up, clients, cost_of
+from splitlearn.costs import flops
+from splitlearn.costs.flops import Cost, Meter, add_up, clients, cost_of
 from splitlearn.layout import extended_vanilla, multi_hop, two_party, u_shaped, vertical, whole
-from splitlearn.means import Average, MeanGradient
 from splitlearn.network import SplitNetwork
-from splitlearn.sharing import Handoff, Personal, Shared
+from splitlearn.schedules.aggregation import Average, MeanGradient
+from splitlearn.schedules.sharing import Handoff, Personal, Shared
 from splitlearn.wire import Wire
 
 ROWS = 4

@@ -8,7 +8,7 @@ from zlib import crc32
 import pytest
 import torch
 
-from splitlearn.frame import (
+from splitlearn.federation.frame import (
     BESIDE,
     HEADER_BYTES,
     NOTHING,

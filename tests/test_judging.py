@@ -10,12 +10,12 @@ from helpers import SGD
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from runs import fit, make_data, make_learner, make_trainer, results
 
-from splitlearn.accuracy import AccuracyByOwner
-from splitlearn.callbacks import Results
-from splitlearn.judging import Judge, performance_gap
-from splitlearn.live import copied
-from splitlearn.means import Average, MeanGradient
-from splitlearn.sharing import Personal
+from splitlearn.callbacks.per_alice import Judge, performance_gap
+from splitlearn.callbacks.run import Results
+from splitlearn.schedules.aggregation import Average, MeanGradient
+from splitlearn.schedules.sharing import Personal
+from splitlearn.schedules.weights import copied
+from splitlearn.training.accuracy import AccuracyByOwner
 
 SIDE_BY_SIDE = {"alice": Average(), "bob": Average()}
 PERSONAL = {"alice": Personal(), "bob": Average()}

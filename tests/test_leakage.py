@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from splitlearn.leakage import distance_correlation
+from splitlearn.costs.leakage import distance_correlation
 
 
 def drawn(seed: int, *shape: int) -> torch.Tensor:

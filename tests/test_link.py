@@ -11,14 +11,14 @@ from runs import Recorder, difference, end_state, make_data, make_learner, make_
 from torch import nn
 
 from splitlearn.build import build
-from splitlearn.callbacks import Results
+from splitlearn.callbacks.link_seconds import Prediction
+from splitlearn.callbacks.run import Results
+from splitlearn.costs.link import Link, make_link
+from splitlearn.costs.timeline import Diary, Exchange, Timeline, in_rounds
 from splitlearn.errors import InputError
 from splitlearn.layout import multi_hop, two_party, u_shaped, vertical, whole
-from splitlearn.link import Link, make_link
-from splitlearn.means import Average, MeanGradient
-from splitlearn.prediction import Prediction
-from splitlearn.sharing import Handoff, Personal, Shared
-from splitlearn.timeline import Diary, Exchange, Timeline, in_rounds
+from splitlearn.schedules.aggregation import Average, MeanGradient
+from splitlearn.schedules.sharing import Handoff, Personal, Shared
 from splitlearn.train import train as run
 
 TWO_PARTY = two_party(BLOCKS, 2)

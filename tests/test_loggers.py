@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pytorch_lightning.loggers import CSVLogger
 
-from splitlearn.report import finishing
+from splitlearn.callbacks.summary import finishing
 from splitlearn.train import train
 
 SHORT = ("trainer.max_epochs=1", "trainer.limit_train_batches=2")

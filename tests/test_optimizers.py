@@ -25,9 +25,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepL
 
 from splitlearn.errors import InputError
 from splitlearn.layout import whole
-from splitlearn.means import MeanGradient
 from splitlearn.network import SplitNetwork
-from splitlearn.optimizers import by_role
+from splitlearn.schedules.aggregation import MeanGradient
+from splitlearn.training.optimizers import by_role
 from splitlearn.wire import Wire
 
 WHOLE = whole(BLOCKS)

@@ -11,14 +11,14 @@ from helpers import differences
 
 from splitlearn.build import build
 from splitlearn.data import SplitData
-from splitlearn.data.own import own_table
-from splitlearn.engines.greetings import answer_with, check_columns, check_greeting
+from splitlearn.data.own_table import own_table
+from splitlearn.data.partition import all_rows
 from splitlearn.errors import InputError
-from splitlearn.federate import shared_by_all
+from splitlearn.federation.greetings import answer_with, check_columns, check_greeting
+from splitlearn.federation.launch import shared_by_all
+from splitlearn.federation.remote_wire import RemoteWire
+from splitlearn.federation.streams import DifferenceError
 from splitlearn.layout import multi_hop, two_party, vertical, whole
-from splitlearn.partition import all_rows
-from splitlearn.remote import RemoteWire
-from splitlearn.star import DifferenceError
 from splitlearn.train import train
 
 FEATURES, CLASSES = ["age", "weight", "pressure"], ["well", "ill"]
@@ -109,7 +109,7 @@ def test_how_many_rows_differ_is_told_at_both_ends_and_soon(configure, tmp_path)
 
 
 def test_ids_are_told_to_nobody_without_a_key_and_not_beyond_a_number(monkeypatch, configure, tmp_path):
-    monkeypatch.setattr("splitlearn.engines.greetings.MOST_IDS", 59)
+    monkeypatch.setattr("splitlearn.federation.greetings.MOST_IDS", 59)
     hub, names = greeting(configure, "bob", write(tmp_path, "bob.csv", "id", "diagnosis"))
     theirs, _ = greeting(configure, "alice0", write(tmp_path, "other.csv", "id", *FEATURES, first=7))
     assert not any(name in repr(hub) + repr(theirs) for name in names)

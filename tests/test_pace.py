@@ -26,13 +26,13 @@ from runs import (
     weights,
 )
 
-from splitlearn import pace
-from splitlearn.callbacks import Interrupt, ProgressBar
+from splitlearn.callbacks.run import Interrupt, ProgressBar
+from splitlearn.callbacks.tensorboard import Watch
 from splitlearn.layout import whole
 from splitlearn.learner import SplitLearner
 from splitlearn.network import SplitNetwork
-from splitlearn.schedule import Schedule
-from splitlearn.watch import Watch
+from splitlearn.schedules.schedule import Schedule
+from splitlearn.training import pace
 from splitlearn.wire import Wire, elsewhere
 
 LENGTHS = (1, 7, 50)

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from splitlearn.partition import by_file, columns, dirichlet, iid, label_shards, quantity
+from splitlearn.data.partition import by_file, columns, dirichlet, iid, label_shards, quantity
 
 
 def refuses(message: str, error: type[Exception] = ValueError):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from splitlearn.picture import CELL, INK, LINE, MARGIN, PAPER, who_has_what
+from splitlearn.callbacks.partition_figure import CELL, INK, LINE, MARGIN, PAPER, who_has_what
 
 
 def corner(picture, line, column):

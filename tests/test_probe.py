@@ -9,9 +9,9 @@ import pytest
 from stars import PATIENCE, Ends, load
 
 from splitlearn.certificates import make_certificates
-from splitlearn.engines.wiring import GlooWiring, GrpcWiring
 from splitlearn.errors import InputError
-from splitlearn.probe import find_fault, named, proxy_for, why_not_bound
+from splitlearn.federation.probe import find_fault, named, proxy_for, why_not_bound
+from splitlearn.federation.wiring import GlooWiring, GrpcWiring
 
 SECRET = "http://ann:secret@proxy.hospital:3128"
 NOWHERE = "http://127.0.0.1:9"
@@ -152,7 +152,7 @@ def test_nobody_another_service_and_another_wire_are_told_apart(folder):
 
 def test_who_listens_and_says_nothing_is_not_taken_for_another_service(folder, monkeypatch):
     """A slow way must not be told as a wrong certificate."""
-    monkeypatch.setattr("splitlearn.probe.PATIENCE", 0.2)
+    monkeypatch.setattr("splitlearn.federation.probe.PATIENCE", 0.2)
     ca = load(folder / "ours", "bob")["bob"].ca
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
@@ -174,7 +174,7 @@ def test_a_name_that_is_not_known_is_told_at_once_and_ends_soon(monkeypatch):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    monkeypatch.setattr("splitlearn.star.UNKNOWN", 1.0)
+    monkeypatch.setattr("splitlearn.federation.streams.UNKNOWN", 1.0)
     said = []
     with Ends() as ends:
         member = ends.member("alice0", 29400, host="bob.nowhere")

@@ -19,9 +19,8 @@ from stars import CONTEXT, PARTIES, PATIENCE, RUN, Ends, gloo_receiver, load
 from torch import Tensor
 
 from splitlearn.certificates import make_certificates
-from splitlearn.engines.wiring import GlooWiring, GrpcWiring, NcclWiring
 from splitlearn.errors import InputError
-from splitlearn.frame import (
+from splitlearn.federation.frame import (
     BESIDE,
     HEADER_BYTES,
     NOTHING,
@@ -34,9 +33,10 @@ from splitlearn.frame import (
     payload_of,
     unpack,
 )
-from splitlearn.remote import RemoteWire
-from splitlearn.sealing import Seal, SealError
-from splitlearn.transports import Transport
+from splitlearn.federation.remote_wire import RemoteWire
+from splitlearn.federation.sealing import Seal, SealError
+from splitlearn.federation.transports import Transport
+from splitlearn.federation.wiring import GlooWiring, GrpcWiring, NcclWiring
 from splitlearn.wire import Wire
 
 WIRES = ("queues", "gloo", "beside", "grpc in the clear", "grpc")
@@ -296,7 +296,7 @@ def test_names_that_nobody_has_or_that_are_missing_are_refused(kind, names, mess
 
 def test_who_is_far_ahead_waits_for_an_answer(monkeypatch):
     """Both ends count alike: after 1,000 bytes without anything the other way, the receiver tells her to go on."""
-    monkeypatch.setattr("splitlearn.remote.AHEAD", 1000)
+    monkeypatch.setattr("splitlearn.federation.remote_wire.AHEAD", 1000)
     wires, rows = queued(), drawn(64)
     with ThreadPoolExecutor(2) as pool:
         sends = pool.submit(lambda: [wires["alice0"].carry(rows, "alice0", "bob", "activation") for _ in range(20)])

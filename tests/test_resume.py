@@ -23,11 +23,11 @@ from runs import (
 )
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
-from splitlearn.callbacks import Results
+from splitlearn.callbacks.run import Results
 from splitlearn.errors import InputError
 from splitlearn.layout import multi_hop, two_party, u_shaped, whole
-from splitlearn.means import Average, MeanGradient
-from splitlearn.sharing import Handoff, Personal
+from splitlearn.schedules.aggregation import Average, MeanGradient
+from splitlearn.schedules.sharing import Handoff, Personal
 
 PLATEAU = partial(ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.1)
 STEP = partial(StepLR, step_size=1, gamma=0.7)

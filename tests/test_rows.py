@@ -13,10 +13,10 @@ from torchvision import transforms
 
 from splitlearn.data import Source, SplitData
 from splitlearn.data.loader import EvalLoader, TurnLoader
+from splitlearn.data.partition import all_rows, by_file, columns, quantity
 from splitlearn.data.rows import InMemory, Normalise, Streamed, load
 from splitlearn.layout import two_party, vertical
-from splitlearn.partition import all_rows, by_file, columns, quantity
-from splitlearn.schedule import Schedule
+from splitlearn.schedules.schedule import Schedule
 
 CPU = torch.device("cpu")
 

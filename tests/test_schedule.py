@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from splitlearn.layout import extended_vanilla, multi_hop, two_party, u_shaped, vertical, whole
-from splitlearn.means import Average, MeanGradient
-from splitlearn.schedule import Schedule
-from splitlearn.sharing import Handoff, Personal, Shared
+from splitlearn.schedules.aggregation import Average, MeanGradient
+from splitlearn.schedules.schedule import Schedule
+from splitlearn.schedules.sharing import Handoff, Personal, Shared
 
 TAKERS = ("alice0", "alice1", "alice2")
 NUM_BATCHES = {"alice0": 3, "alice1": 1, "alice2": 2}

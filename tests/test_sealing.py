@@ -9,8 +9,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from splitlearn.certificates import Identity, make_certificates
 from splitlearn.errors import InputError
-from splitlearn.frame import SEAL_BYTES
-from splitlearn.sealing import Seal, SealError
+from splitlearn.federation.frame import SEAL_BYTES
+from splitlearn.federation.sealing import Seal, SealError
 
 RUN, HEAD, WEIGHTS = bytes(range(16)), b"head", b"weights" * 99
 

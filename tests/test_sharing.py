@@ -8,11 +8,11 @@ from helpers import BLOCKS, Recorder, make_network
 from torch import nn
 
 from splitlearn.layout import two_party
-from splitlearn.live import Live
-from splitlearn.means import Average, MeanGradient
-from splitlearn.rounds import Rounds
-from splitlearn.schedule import Schedule
-from splitlearn.sharing import Handoff, Personal, Shared
+from splitlearn.schedules.aggregation import Average, MeanGradient
+from splitlearn.schedules.rounds import Rounds
+from splitlearn.schedules.schedule import Schedule
+from splitlearn.schedules.sharing import Handoff, Personal, Shared
+from splitlearn.schedules.weights import Live
 from splitlearn.wire import SERVER, Wire
 
 WEIGHTS = 4 * (4 + 2 + 2 + 2 + 2 + 2) + 8  # weights, batch norm's, its statistics, its counter of mini-batches

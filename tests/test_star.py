@@ -19,8 +19,8 @@ from stars import CONTEXT, LIMIT, PARTIES, PATIENCE, Ends, Proxy, framed, live, 
 
 from splitlearn.certificates import Identity, make_certificates
 from splitlearn.errors import InputError
-from splitlearn.hub import Hub
-from splitlearn.star import LARGEST_NOTE, METHOD, SERVICE, SLACK, DifferenceError, options
+from splitlearn.federation.hub import Hub
+from splitlearn.federation.streams import LARGEST_NOTE, METHOD, SERVICE, SLACK, DifferenceError, options
 
 PAIRS = list(itertools.permutations(PARTIES, 2))
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from splitlearn.sweep import SweepTable
+from splitlearn.callbacks.sweep_table import SweepTable
 
 DONE = {"epochs": [{}, {}], "test": {"test/loss": 0.5, "test/accuracy": 0.75}, "bytes": {"a->b": {"x": 7, "y": 5}}}
 

@@ -12,8 +12,8 @@ from helpers import BLOCKS, SGD, Unsplit, differences, make_network, make_rows, 
 from runs import make_data, make_learner, make_trainer
 from torch import Tensor, nn
 
-from splitlearn.cuts import Terms, compare, measure
-from splitlearn.flops import cost_of
+from splitlearn.costs.by_cut import Terms, compare, measure
+from splitlearn.costs.flops import cost_of
 from splitlearn.layout import Layout, two_party, u_shaped, vertical
 from splitlearn.network import SplitNetwork
 from splitlearn.wire import Wire

@@ -17,8 +17,8 @@ from torch import nn
 
 from splitlearn import train as module
 from splitlearn.build import build
-from splitlearn.engines.simulated import Simulated
 from splitlearn.errors import DivergedError, InputError
+from splitlearn.federation.simulated import Simulated
 from splitlearn.train import CONF, train
 
 QUICK = ("trainer.max_epochs=1", "trainer.limit_train_batches=2", "logger=none")

@@ -10,9 +10,9 @@ import pytest
 from stars import PARTIES, PATIENCE, Ends
 from torch import distributed as dist
 
-from splitlearn.engines.wiring import GlooWiring
 from splitlearn.errors import InputError
-from splitlearn.transports import check_ways
+from splitlearn.federation.transports import check_ways
+from splitlearn.federation.wiring import GlooWiring
 
 
 def blocked(store: dist.Store, other: str) -> SimpleNamespace:
@@ -42,7 +42,7 @@ def test_two_alices_who_cannot_reach_each_other_are_named_at_all():
 
 
 def test_who_does_not_come_is_named(monkeypatch):
-    monkeypatch.setattr("splitlearn.transports.MEETING", timedelta(seconds=1))
+    monkeypatch.setattr("splitlearn.federation.transports.MEETING", timedelta(seconds=1))
     store = dist.HashStore()
     store.set("met/alice0", "")
     with pytest.raises(InputError, match=r"^bob cannot connect to alice0 \("):

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from splitlearn.layout import Layout, two_party, whole
-from splitlearn.means import Average, MeanGradient
 from splitlearn.models import mlp, resnet50
 from splitlearn.network import Batch, SplitNetwork
-from splitlearn.rounds import Rounds
-from splitlearn.schedule import Schedule
-from splitlearn.sharing import Handoff, Sharing
+from splitlearn.schedules.aggregation import Average, MeanGradient
+from splitlearn.schedules.rounds import Rounds
+from splitlearn.schedules.schedule import Schedule
+from splitlearn.schedules.sharing import Handoff, Sharing
 from splitlearn.wire import Wire
 
 RESULTS = Path(__file__).parent / "results"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from splitlearn.flops import Cost, Meter
+from splitlearn.costs.flops import Cost, Meter
 from splitlearn.layout import two_party
 from splitlearn.models import vgg16
 from splitlearn.network import SplitNetwork

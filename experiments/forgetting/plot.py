@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from splitlearn.schedule import Schedule
+from splitlearn.schedules.schedule import Schedule
 
 RESULTS = Path(__file__).parent / "results"
 SCHEDULES = ("sequential", "splitfed_v2")

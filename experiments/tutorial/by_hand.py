@@ -25,7 +25,7 @@ from splitlearn.data.sources import digits, mnist
 from splitlearn.layout import two_party
 from splitlearn.models import mlp
 from splitlearn.network import SplitNetwork
-from splitlearn.schedule import Schedule
+from splitlearn.schedules.schedule import Schedule
 from splitlearn.wire import Wire
 
 

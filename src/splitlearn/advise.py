@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from splitlearn.build import as_input_error, build, make, one_line
-from splitlearn.cuts import Cut, Terms, compare, measure
+from splitlearn.callbacks.summary import quieten
+from splitlearn.costs.by_cut import Cut, Terms, compare, measure
 from splitlearn.data import Source
 from splitlearn.errors import InputError
 from splitlearn.layout import whole
-from splitlearn.report import quieten
-from splitlearn.schedule import Schedule
+from splitlearn.schedules.schedule import Schedule
 from splitlearn.train import CONF
 
 # Shape of a sample, number of classes and of training rows, by the name of the source: of data that may not be there.
@@ -55,8 +55,8 @@ TITLES = {
 }
 SHARES = {"parameters": "parameter_share", "flops": "flop_share"}
 WHOLE = {"_target_": "splitlearn.layout.whole"}
-SEQUENTIAL = {"_target_": "splitlearn.schedule.Schedule"}
-IID = {"_target_": "splitlearn.partition.iid", "_partial_": True}
+SEQUENTIAL = {"_target_": "splitlearn.schedules.schedule.Schedule"}
+IID = {"_target_": "splitlearn.data.partition.iid", "_partial_": True}
 FULL = ("None", "32", "32-true")  # precisions in which every number has 4 bytes
 OWN_COLUMNS = ("vertical", "extended_vanilla")  # layouts in which all Alices take one turn
 

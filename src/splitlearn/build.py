@@ -22,10 +22,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from splitlearn.blocks import check_blocks
 from splitlearn.data import SplitData
-from splitlearn.engines.simulated import SafeCheckpointIO, monitoring, start_from
 from splitlearn.errors import InputError, outside
 from splitlearn.learner import SplitLearner
 from splitlearn.network import SplitNetwork
+from splitlearn.training.checkpoints import SafeCheckpointIO, monitoring, start_from
 from splitlearn.wire import Wire
 
 LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
@@ -81,7 +81,9 @@ def build(cfg: DictConfig, wire: Wire | None = None) -> Run:
     _check_micro_batches(learner, data.batch_size)
     trainer = _make_trainer(cfg)
     if cfg.weights is not None:
-        start_from(cfg.weights, learner, trainer.precision_plugin)
+        # Lightning converts it later, when half of the bits of doubles would be gone.
+        trainer.precision_plugin.convert_module(learner)
+        start_from(cfg.weights, network)
     return Run(data, learner, trainer)
 
 

@@ -17,7 +17,15 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from splitlearn.checks import (
+from splitlearn.costs.flops import Meter
+from splitlearn.data.loader import Turns
+from splitlearn.errors import CURE, DivergedError
+from splitlearn.layout import Party, Role
+from splitlearn.ledger import Ledger
+from splitlearn.network import Batch, SplitNetwork, micro
+from splitlearn.schedules.rounds import Rounds
+from splitlearn.schedules.schedule import Schedule
+from splitlearn.training.checks import (
     check_accumulation,
     check_finite,
     check_kind,
@@ -27,17 +35,9 @@ from splitlearn.checks import (
     described,
     warn_of_raw_rows,
 )
-from splitlearn.data.loader import Turns
-from splitlearn.errors import CURE, DivergedError
-from splitlearn.flops import Meter
-from splitlearn.layout import Party, Role
-from splitlearn.ledger import Ledger
-from splitlearn.network import Batch, SplitNetwork, micro
-from splitlearn.optimizers import MakeOptimizer, Stepper, by_role, check_callbacks, options_of
-from splitlearn.pace import Pace, Stretch, go_on
-from splitlearn.rounds import Rounds
-from splitlearn.schedule import Schedule
-from splitlearn.tally import EpochLoss, Tally, means
+from splitlearn.training.metrics import EpochLoss, Tally, means
+from splitlearn.training.optimizers import MakeOptimizer, Stepper, by_role, check_callbacks, options_of
+from splitlearn.training.pace import Pace, Stretch, go_on
 
 SETTINGS = ("precision", "limit_train_batches", "overfit_batches")  # of the trainer, that change what is computed
 Part = dict[str, Tensor | None]  # `output`, `labels` and `owners` of the rows that one Alice has evaluated
@@ -55,7 +55,7 @@ class SplitLearner(pl.LightningModule):
         scheduler: optimizer to learning-rate scheduler; `interval` (epoch or step) and `monitor` as in Lightning.
         gradient_clip_val, gradient_clip_algorithm: as Lightning's Trainer has them, for each role by itself: no party
             sees another's gradients.
-        steps_per_execution: the most mini-batches that run before Lightning looks again, see `splitlearn.pace`.
+        steps_per_execution: the most mini-batches that run before Lightning looks again, see `training.pace`.
         accumulate_grad_batches: mini-batches whose gradients add up before the optimizers step, as in Lightning, and at
             the end of a turn and of an epoch what is left of them; `global_step` counts mini-batches all the same.
         micro_batches: parts of a mini-batch that go through the network one behind the other, so that parties compute

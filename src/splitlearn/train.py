@@ -14,12 +14,12 @@ from omegaconf import DictConfig
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from splitlearn.build import as_input_error, build, make, one_line
-from splitlearn.engines.processes import PartyLostError, Processes
-from splitlearn.engines.simulated import Simulated
+from splitlearn.callbacks.summary import finishing, log_hyperparameters, print_table, quieten
+from splitlearn.callbacks.tensorboard import has_many_alices
 from splitlearn.errors import DivergedError, InputError
-from splitlearn.federate import federate
-from splitlearn.report import finishing, log_hyperparameters, print_table, quieten
-from splitlearn.watch import has_many_alices
+from splitlearn.federation.launch import federate
+from splitlearn.federation.processes import PartyLostError, Processes
+from splitlearn.federation.simulated import Simulated
 
 HERE = Path(__file__).resolve().parent
 # The wheel carries conf/ inside the package; in a checkout it stands at the top.

@@ -12,9 +12,9 @@ from torch import Tensor
 from splitlearn.data.rows import Fields, Rows
 from splitlearn.layout import Party
 from splitlearn.network import Batch
-from splitlearn.pace import Ahead, Pace, Stretch
-from splitlearn.schedule import Schedule, Step
+from splitlearn.schedules.schedule import Schedule, Step
 from splitlearn.seeds import derive
+from splitlearn.training.pace import Ahead, Pace, Stretch
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from splitlearn.checks import described
 from splitlearn.data.alike import digests
 from splitlearn.data.holdout import hold_out, owners_of, rows_trained_on, still_held
 from splitlearn.data.loader import Augment, EvalLoader, TurnLoader
-from splitlearn.data.own import Part, require
+from splitlearn.data.own_table import Part, require
+from splitlearn.data.partition import all_rows, iid
+from splitlearn.data.partition import columns as deal_columns
 from splitlearn.data.rows import Fields, InMemory, Normalise, Rows, Streamed, as_labels, in_dtype, load, moments
 from splitlearn.data.sources import Source
 from splitlearn.errors import InputError
 from splitlearn.layout import Party, Role
-from splitlearn.partition import all_rows, iid
-from splitlearn.partition import columns as deal_columns
+from splitlearn.training.checks import described
 
 FITS_IN_MEMORY = 2 * 1024**3  # bytes of float32; larger data sets are streamed unless `in_memory` says otherwise
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import TensorDataset
 
-from splitlearn.csv_file import lines_of, number, other_delimiter
+from splitlearn.data.csv_file import lines_of, number, other_delimiter
 from splitlearn.data.sources import Source
 
 FEW = 20  # rows or classes among which all may well be different

@@ -1,0 +1,61 @@
+"""The layout as a drawing: who owns which blocks, and what crosses each cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from splitlearn.cut import Hop
+from splitlearn.layout import Party
+from splitlearn.network import SplitNetwork
+from splitlearn.schedules.schedule import Schedule
+from splitlearn.schedules.sharing import Handoff
+from splitlearn.schedules.weights import Live
+
+
+def draw(network: SplitNetwork, sample: Mapping[str, Tensor], batch_size: int, schedule: Schedule) -> str:
+    """Return the drawing: a line for each stage, with what crosses on the way to it above it.
+
+    two_party
+    alice   x 1x28x28 -> hidden1 hidden2                    183,040 parameters
+      | alice -> bob: activation 64 x 640 float32, 163,840 bytes, and its gradient back
+    bob     head <- y                                         6,410 parameters
+    """
+    layout, times = network.layout, batch_size / len(sample["y"])
+    tape, ledger = network.look(sample)
+    segments = {stage.name: segment for stage, segment in network.program}
+    hops = iter(tape)
+    in_turns = isinstance(schedule.alice, Handoff)
+    takers, how = schedule.takers, "at once" if schedule.turn == "step" else "in turns" if in_turns else "side by side"
+    lines = [layout.kind if len(takers) == 1 else f"{layout.kind}, {how}: {_shorten(takers)}"]
+    for stage in layout.stages:
+        crossing = [name for name in stage.inputs if network.owners.get(name, stage.role) != stage.role]
+        lines += [_crossing(next(hops), batch_size, times) for _ in crossing]
+        blocks = [f"{name} {_shape(sample[name])} ->" for name in stage.inputs if name in sample] + list(stage.blocks)
+        size = sum(p.numel() for p in segments[stage.name].parameters())
+        labels = " <- y" if stage is layout.stages[-1] and layout.owners["y"] == stage.role else ""
+        lines.append(f"{stage.role:<8}{' '.join(blocks) + labels:<48}{size:>14,} parameters")
+    for (src, dst, kind), num_bytes in ledger.num_bytes.items():
+        if kind == "label":
+            lines.append(f"  | {src} -> {dst}: {batch_size} labels, {times * num_bytes:,.0f} bytes")
+    if len(takers) > 1 and schedule.alice.way:
+        hers = {stage.name: segments[stage.name] for stage in layout.stages if stage.role == "alice"}
+        live = Live("alice", hers, network.wire)
+        moved = {**live.trained, **live.buffers} if schedule.alice.defers else live.weights
+        lines.append("  | " + schedule.alice.way.format(f"{sum(v.nbytes for v in moved.values()):,}"))
+    return "\n".join(lines)
+
+
+def _crossing(hop: Hop, batch_size: int, times: float) -> str:
+    kind = str(hop.received.dtype).removeprefix("torch.")
+    what = f"activation {batch_size} x {_shape(hop.received)} {kind}, {times * hop.received.nbytes:,.0f} bytes"
+    return f"  | {hop.sender} -> {hop.receiver}: {what}, and its gradient back"
+
+
+def _shape(value: Tensor) -> str:
+    return "x".join(str(size) for size in value.shape[1:])
+
+
+def _shorten(takers: Sequence[Party]) -> str:
+    return ", ".join(takers) if len(takers) <= 5 else f"{takers[0]}, {takers[1]}, ..., {takers[-1]}"

@@ -1,1 +1,0 @@
-"""Which parties this process plays."""

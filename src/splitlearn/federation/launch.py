@@ -1,0 +1,203 @@
+"""One process per party: what each is told to do, of a configuration that all share."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import shutil
+import traceback
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from splitlearn.build import as_input_error, build, make, one_line
+from splitlearn.callbacks.layout_drawing import draw
+from splitlearn.callbacks.run import write_whole
+from splitlearn.callbacks.summary import finishing, log_hyperparameters, print_table, quieten
+from splitlearn.certificates import make_certificates
+from splitlearn.errors import DivergedError, InputError
+from splitlearn.federation.frame import FrameError
+from splitlearn.federation.party import FAILED, Attempt, Federation, parties_of
+from splitlearn.federation.processes import PartyLostError, Play, Post, Processes
+from splitlearn.federation.sealing import SealError
+from splitlearn.federation.wiring import GrpcWiring
+from splitlearn.layout import Party
+
+# What each host may have in its own way; all the rest must be the same everywhere.
+LOCAL = (
+    *("output_dir", "ckpt", "metric", "logger", "wire.certificates"),
+    *("engine.party", "engine.address", "engine.timeout", "engine.join_timeout"),
+    *(f"callbacks.{name}" for name in ("progress_bar", "drawing", "results", "watch", "interrupt", "checkpoint")),
+    *("data.encoding", "data.delimiter", "data.source.encoding", "data.source.delimiter"),  # of one's own file
+    *("data.root", "data.download", "data.num_workers", "data.in_memory", "data.source.root", "data.source.download"),
+    "data.source.path",
+    *("trainer.accelerator", "trainer.devices", "trainer.enable_progress_bar", "trainer.default_root_dir"),
+    *("trainer.profiler", "trainer.benchmark", "trainer.log_every_n_steps", "trainer.enable_model_summary"),
+)
+# Of the simulator alone: Ctrl-C reaches the process that starts the others, and the drawing is of all parties.
+NOT_HERE = ("splitlearn.callbacks.run.Interrupt", "splitlearn.callbacks.run.Drawing")
+COLUMN_OWNERS = ("vertical", "extended_vanilla")
+# Of these one line says enough.
+EXPECTED = (InputError, DivergedError, MisconfigurationException, FrameError, SealError)
+
+
+def federate(cfg: DictConfig, engine: Processes) -> dict[str, float]:
+    """Train and test with one process per party, all of them or the one that `engine.party` names.
+
+    Returns the metrics; leaves `results.json` and a folder for each party in the run's folder. Raises InputError for
+    what does not fit, PartyLostError when a party is lost and the run cannot go on.
+    """
+    _check(cfg, engine)
+    with as_input_error():
+        wiring = make(cfg.wire)
+    output_dir = Path(cfg.output_dir).resolve()
+    if engine.party is None and "TORCHELASTIC_RUN_ID" in os.environ:
+        engine = _as_rank(cfg, engine)
+    with TemporaryDirectory() as secrets:
+        parties = [engine.party] if engine.party is not None else _plan(cfg)
+        if len(parties) > 1 and isinstance(wiring, GrpcWiring) and wiring.needs_certificates:
+            make_certificates(parties, Path(secrets))
+            shutil.rmtree(Path(secrets) / "ca")  # nobody else is to come
+            cfg.wire.certificates = secrets
+        plays = {party: _play_of(cfg, engine, party, parties, output_dir) for party in parties}
+        try:
+            metrics = engine.launch(plays, str(output_dir))
+        except PartyLostError as error:
+            _write_results(output_dir, parties, stopped=str(error))
+            raise
+    results = _write_results(output_dir, parties)
+    print_table("one process per party", metrics, results.get("bytes", {}), output_dir)
+    return metrics
+
+
+def play(text: str, engine: Processes, attempt: Attempt, post: Post) -> None:
+    """What the process of a party does; `text` is its configuration."""
+    quieten()
+    cfg = OmegaConf.create(text)
+    assert isinstance(cfg, DictConfig)
+    ckpt, cfg.ckpt, shared = cfg.ckpt, None, shared_by_all(cfg)
+    federation = None
+    try:
+        with as_input_error():
+            wiring = make(cfg.wire)
+            terms = engine.timeout, engine.join_timeout, engine.save_every_n_steps
+            federation = Federation(attempt, wiring, *terms, post)
+            federation.patient = engine.on_failure == "wait"
+            run = build(cfg, federation.wire)
+        with finishing(run.trainer.loggers):
+            metrics = federation.run(run.trainer, run.learner, run.data, shared, cfg.output_dir, ckpt, cfg.test)
+            log_hyperparameters(cfg, run.trainer, metrics)
+        post({"done": metrics})
+    except Exception as error:
+        why = one_line(error)
+        if not isinstance(error, EXPECTED):
+            traceback.print_exc()
+            why = f"its program failed by {type(error).__name__}: {why}"
+        post({"error": f"{attempt.party}: {why}"})
+        if federation is not None:
+            federation.give_up(why)
+        logging.shutdown()
+        os._exit(FAILED)  # by force: the threads of the streams would keep it alive, and the others would wait for it
+
+
+def shared_by_all(cfg: DictConfig) -> dict[str, Any]:
+    """Return the keys that must have the same value at every party, flat: `{"optimizer.lr": 0.1}`."""
+    flat = _flatten(OmegaConf.to_container(cfg, resolve=True))
+    return {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{own}.") for own in LOCAL)}
+
+
+def _flatten(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    return {key: v for part in value for key, v in _flatten(value[part], f"{name}.{part}" if name else part).items()}
+
+
+def _check(cfg: DictConfig, engine: Processes) -> None:
+    if cfg.trainer.max_time is not None:
+        raise InputError(
+            f"`trainer.max_time` (={cfg.trainer.max_time}) would stop each process at another mini-batch: "
+            "take trainer.max_steps or trainer.max_epochs"
+        )
+    if any(str(callback.get("_target_")).endswith(".Timer") for callback in cfg.callbacks.values()):
+        raise InputError("a Timer would stop each process at another mini-batch: take trainer.max_steps")
+    if engine.on_failure == "skip" and str(cfg.layout._target_).endswith(COLUMN_OWNERS):
+        raise InputError(
+            "`engine.on_failure` (=skip) does not fit a layout in which every Alice owns columns: take stop or wait"
+        )
+    if cfg.link.bandwidth is not None:
+        raise InputError(
+            "`link` predicts in the simulator: take engine=simulated, or link=none, since time is measured"
+        )
+    if cfg.weights is not None:
+        raise InputError(
+            f"`weights` (={cfg.weights}) has the weights of all parties: take engine=simulated, or go on with the run "
+            "of a folder by ckpt=FOLDER"
+        )
+    if cfg.ckpt is not None and not Path(cfg.ckpt).is_dir():
+        raise InputError(f"`ckpt` (={cfg.ckpt}) must be the folder of a run: with engine=processes all parties resume")
+
+
+def _as_rank(cfg: DictConfig, engine: Processes) -> Processes:
+    """Under torchrun each rank plays a party. Lightning must not know of it: all ranks but the first log nothing."""
+    rank, size, place = (int(os.environ.pop(name)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    _take_gpu(cfg, place)
+    for name in ("GROUP_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        os.environ.pop(name, None)
+    parties = _plan(cfg)
+    if size != len(parties):
+        raise InputError(
+            f"torchrun starts {size} processes, and the parties are {', '.join(parties)}: start one for each"
+        )
+    if cfg.wire.get("certificates") is not None:
+        cfg.wire.certificates = f"{cfg.wire.certificates}/{parties[rank]}"
+    address = f"{os.environ['MASTER_ADDR']}:{int(os.environ['MASTER_PORT']) + 1}"  # torchrun listens at the first
+    return replace(engine, party=parties[rank], address=engine.address if engine.has_port else address)
+
+
+def _plan(cfg: DictConfig) -> list[Party]:
+    """Build the run as the simulator would, which checks it; draw it, and return the parties."""
+    plan = copy.deepcopy(cfg)
+    plan.logger, plan.callbacks, plan.ckpt, plan.test = {}, {}, None, "last"
+    with as_input_error():
+        run = build(plan)
+    print(draw(run.learner.network, run.data.sample(), run.data.batch_size, run.learner.schedule), flush=True)
+    return parties_of(run.learner)
+
+
+def _play_of(cfg: DictConfig, engine: Processes, party: Party, parties: list[Party], output_dir: Path) -> Play:
+    own = copy.deepcopy(cfg)
+    OmegaConf.set_struct(own, False)
+    own.output_dir = str(output_dir / party)
+    if cfg.ckpt is not None:
+        own.ckpt = str(Path(cfg.ckpt).resolve())
+    if len(parties) > 1:
+        if cfg.wire.get("certificates") is not None:
+            own.wire.certificates = f"{cfg.wire.certificates}/{party}"
+        _take_gpu(own, parties.index(party))
+        own.trainer.enable_progress_bar = bool(cfg.trainer.enable_progress_bar) and party == parties[0]
+    for name in [name for name, callback in own.callbacks.items() if callback["_target_"] in NOT_HERE]:
+        own.callbacks.pop(name)
+    OmegaConf.resolve(own)
+    return partial(play, OmegaConf.to_yaml(own), engine)
+
+
+def _take_gpu(cfg: DictConfig, place: int) -> None:
+    """Those who are started together on a host take its GPUs in turn."""
+    if torch.cuda.is_available() and cfg.trainer.accelerator in ("auto", "gpu", "cuda"):
+        cfg.trainer.devices = [place % torch.cuda.device_count()]
+
+
+def _write_results(output_dir: Path, parties: list[Party], **more: Any) -> dict[str, Any]:
+    """The hub's results are everybody's: they stand in the folder of the run as well."""
+    source = output_dir / parties[0] / "results.json"
+    results: dict[str, Any] = json.loads(source.read_text()) if source.is_file() else {}
+    write_whole(output_dir / "results.json", json.dumps({**results, **more}, indent=2) + "\n")
+    return results

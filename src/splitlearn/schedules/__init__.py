@@ -1,0 +1,5 @@
+"""Who trains when, and what happens to weights between turns.
+
+`schedule` arranges turns and rounds. `weights` is what a role trains; `sharing` and `aggregation` are what becomes of
+it between turns, and `weighted_mean` is their arithmetic. `rounds` moves the weights in a run. Start at `schedule`.
+"""

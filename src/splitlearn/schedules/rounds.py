@@ -1,0 +1,170 @@
+"""Moves weights as the schedule says: when the turn passes to another Alice, and at the end of a round."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from splitlearn.layout import Party, Role
+from splitlearn.network import Batch, SplitNetwork
+from splitlearn.schedules.schedule import Schedule
+from splitlearn.schedules.sharing import Personal
+from splitlearn.schedules.weights import Live
+
+
+class Rounds:
+    """Where a run stands: who has the turn, and what of whom has been averaged so far.
+
+    Arguments:
+        schedule: says what happens to the weights of each role. Checked against the network's layout.
+        network: whose weights these are.
+
+    `holder` has the turn or had the last one.
+    """
+
+    def __init__(self, schedule: Schedule, network: SplitNetwork) -> None:
+        schedule.check(network.layout)
+        self.schedule, self.network = schedule, network
+        self.holder = schedule.takers[0]
+        self.taking = False
+        self.num_rows = 0
+        self.turns: dict[Party, None] = {}  # who has had one, the latest last
+        self.gone: frozenset[Party] = frozenset()
+        roles = [role for role in network.layout.roles if network.wire.hosts(role)]
+        self.sharings = {role: copy.deepcopy(schedule.alice if role == "alice" else schedule.bob) for role in roles}
+        self.lives = {role: Live(role, network.segments_of(role), network.wire) for role in roles}
+        self.deferred = [role for role, sharing in self.sharings.items() if sharing.defers]
+        self.at_once = [role for role in roles if role not in self.deferred]
+        self.personal = isinstance(schedule.alice, Personal)
+
+    def find(self, optimizers: Mapping[Role, Optimizer] | None = None) -> None:
+        """Before training or evaluation: look the weights up where they are now, and take the optimizers to move."""
+        for role, live in self.lives.items():
+            live.optimizer = (optimizers or {}).get(role, live.optimizer)
+            live.find()
+
+    def present(self, batches: Mapping[Party, Batch]) -> Iterator[tuple[Party, Batch]]:
+        """The mini-batches of a step, without those of Alices who are gone."""
+        return ((alice, batch) for alice, batch in batches.items() if alice not in self.gone)
+
+    @property
+    def halfway(self) -> bool:
+        """Whether a round is unfinished, so that evaluation takes the weights of its start."""
+        return any(bool(getattr(sharing, "start", None)) for sharing in self.sharings.values())
+
+    @property
+    def gradients(self) -> dict[Role, dict[str, Tensor]]:
+        """Those of every role, by the names of its weights."""
+        return {role: live.gradients for role, live in self.lives.items()}
+
+    def load_gradients(self, gradients: Mapping[Role, Mapping[str, Tensor]]) -> None:
+        for role, of_role in gradients.items():
+            self.lives[role].load_gradients(of_role)
+
+    def take(self, alice: Party) -> None:
+        """The turn is Alice's from now on."""
+        if self.taking and alice == self.holder:
+            return
+        self._give()
+        for role, live in self.lives.items():
+            self.sharings[role].take(live, alice)
+        self.holder, self.taking = alice, True
+        self.turns.pop(alice, None)
+        self.turns[alice] = None
+
+    def end(self) -> None:
+        """The round is over."""
+        self._give()
+        for role, live in self.lives.items():
+            self.sharings[role].end_round(live)
+
+    def show(self) -> None:
+        """Until `hide`, the weights are those that all agree on, if a round is going on."""
+        for role, live in self.lives.items():
+            self.sharings[role].show(live, self.holder)
+
+    def hide(self) -> None:
+        for role, live in self.lives.items():
+            self.sharings[role].hide(live)
+
+    def predict(self, batch: Batch) -> Iterator[tuple[Party, Tensor, Tensor, Tensor | None]]:
+        """Yield who evaluates, output, labels and owners, on meta where the loss is held in another process.
+
+        The last Alice who trained evaluates a batch; where bottoms are personal, each row goes through its owner's.
+        Rows that nobody owns then go through everybody's, and come once for each.
+        """
+        if not self.personal:
+            output, labels, _ = self.network(batch, self.network.layout.cast(self.holder))
+            yield self.holder, output, labels, batch.owners
+            return
+        for i, alice in enumerate(self.schedule.takers):
+            mine = batch if batch.owners is None else _rows_of(batch, batch.owners == i)
+            if len(mine.ids) and alice not in self.gone:
+                self._take_alone(alice)
+                torch.clear_autocast_cache()  # it may hold the half-precision copies of another's weights
+                output, labels, _ = self.network(mine, self.network.layout.cast(alice))
+                yield alice, output, labels, torch.full_like(labels, i)
+
+    @contextmanager
+    def as_of(self, alice: Party) -> Iterator[None]:
+        """The network as Alice has it at this moment: with her own bottom, where bottoms are personal."""
+        if not self.personal or "alice" not in self.lives:
+            yield
+            return
+        sharing, live = self.sharings["alice"], self.lives["alice"]
+        sharing.show(live, alice)
+        sharing.take(live, alice)
+        try:
+            yield
+        finally:
+            sharing.hide(live)
+
+    def state_dict(self) -> dict[str, Any]:
+        sharings = {role: sharing.state_dict() for role, sharing in self.sharings.items()}
+        turns = {"holder": self.holder, "taking": self.taking, "num_rows": self.num_rows, "turns": list(self.turns)}
+        return {**turns, "sharings": sharings}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.holder, self.taking, self.num_rows = state["holder"], state["taking"], state["num_rows"]
+        self.turns = dict.fromkeys(state["turns"])
+        for role, sharing in self.sharings.items():
+            sharing.load_state_dict(state["sharings"][role])
+
+    def leave_out(self, parties: Collection[Party]) -> None:
+        """These Alices are gone for good: their mini-batches are left out, and what they had not handed over."""
+        self.gone = frozenset(parties)
+        self.turns = {taker: None for taker in self.turns if taker not in parties}
+        if self.holder in parties:
+            self.taking, self.num_rows = False, 0
+            before = next(reversed(self.turns), None)
+            for sharing in self.sharings.values():
+                sharing.fall_back(before)
+            self.holder = before or next(taker for taker in self.schedule.takers if taker not in parties)
+
+    def settle(self) -> None:
+        """Receive what is under way, before all save their state."""
+        for role, live in self.lives.items():
+            self.sharings[role].settle(live)
+
+    def _take_alone(self, alice: Party) -> None:
+        """Alice's bottom alone, for evaluation, where bottoms are personal."""
+        if "alice" in self.lives:
+            self.sharings["alice"].take(self.lives["alice"], alice)
+
+    def _give(self) -> None:
+        if self.taking:
+            for role, live in self.lives.items():
+                self.sharings[role].give(live, self.holder, self.num_rows)
+        self.taking, self.num_rows = False, 0
+
+
+def _rows_of(batch: Batch, which: Tensor) -> Batch:
+    places = which.nonzero().flatten()
+    fields = {name: field[places.to(field.device)] for name, field in batch.fields.items()}
+    return batch._replace(ids=batch.ids[places], fields=fields)

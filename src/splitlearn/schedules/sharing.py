@@ -1,0 +1,150 @@
+"""What happens to the weights of a role between turns, and at the end of a round.
+
+However many Alices, there is one live copy of the weights, and two more where a mean is made: where the round started,
+and the running sum. Only `Personal` and `optimizer_state: keep` hold something for each Alice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from splitlearn.layout import Party
+from splitlearn.schedules.weights import Live, copied
+from splitlearn.wire import SERVER
+
+POLICIES = ("carry", "reset", "keep")
+
+
+class Sharing:
+    """Does nothing at any of these moments."""
+
+    defers = False
+    """Whether the optimizer waits for the end of the round."""
+    way = ""
+    """How an Alice's weights cross, `{}` being their bytes; nothing where they do not."""
+
+    def take(self, live: Live, alice: Party) -> None:
+        """Make `live` what `alice` begins her turn with."""
+
+    def give(self, live: Live, alice: Party, num_rows: int) -> None:
+        """Her turn, of `num_rows` rows, is over."""
+
+    def end_round(self, live: Live) -> None:
+        """All turns of the round are over."""
+
+    def settle(self, live: Live) -> None:
+        """Receive what is under way, so that nothing is lost when all save their state."""
+
+    def show(self, live: Live, alice: Party) -> None:
+        """Until `hide`, make `live` what all agree on, for `alice` to evaluate, be it in the middle of a round."""
+
+    def hide(self, live: Live) -> None:
+        """Go on training."""
+
+    def fall_back(self, alice: Party | None) -> None:
+        """Who had the turn is gone for good; `alice` had it before her, None: nobody who is left."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(eq=False)
+class Shared(Sharing):
+    """One party plays the role all the time, or nobody else ever has the weights."""
+
+
+@dataclass(eq=False)
+class Handoff(Sharing):
+    """Alice hands a copy of her trained bottom to the next (Gupta & Raskar 2018, arXiv 1810.06060, section 3.2).
+
+    Arguments:
+        optimizer_state: `carry` (it travels with the weights and is counted), `reset` (the next Alice starts
+            without any) or `keep` (each Alice goes on with her own).
+        handoff: `peer` to peer, or by way of the `server`, which takes two transfers.
+    """
+
+    optimizer_state: str = "carry"
+    handoff: str = "peer"
+    holder: Party | None = field(default=None, init=False, repr=False)
+    kept: dict[Party, dict[int, dict[str, Any]]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_choice("handoff", self.handoff, ("peer", "server"))
+        check_choice("optimizer_state", self.optimizer_state, POLICIES)
+
+    @property
+    def way(self) -> str:  # type: ignore[override]
+        peer = "each alice -> the next: weights, {} bytes a turn"
+        return peer if self.handoff == "peer" else peer.replace("the next", "server -> the next") + ", twice"
+
+    def take(self, live: Live, alice: Party) -> None:
+        if self.holder in (None, alice):  # nobody gives the first Alice her first weights
+            self.holder = alice
+            return
+        giver, self.holder = self.holder, alice
+        way = [giver, alice] if self.handoff == "peer" else [giver, SERVER, alice]
+        for src, dst in pairwise(way):
+            live.load(live.carry(live.weights, src, dst, "weights"))
+            if self.optimizer_state == "carry":
+                live.load_state(live.carry(live.state, src, dst, "optimizer_state"))
+        if self.optimizer_state == "keep" and live.at(giver):
+            self.kept[giver] = live.own_state()
+        if self.optimizer_state != "carry" and live.at(alice):
+            live.set_state(self.kept.pop(alice, {}))
+
+    def fall_back(self, alice: Party | None) -> None:
+        self.holder = alice  # who still has what she handed over
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"holder": self.holder, "kept": self.kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.holder, self.kept = state["holder"], state["kept"]
+
+
+@dataclass(eq=False)
+class Personal(Sharing):
+    """Each Alice has weights and an optimizer state of her own, which nobody else sees. All begin alike.
+
+    SplitFed V3's bottoms (Gawali et al. 2020, arXiv 2012.12591). These do cost memory: a copy each.
+    """
+
+    first: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    own: dict[Party, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
+    holder: Party | None = field(default=None, init=False, repr=False)
+    before: Party | None = field(default=None, init=False, repr=False)
+
+    def take(self, live: Live, alice: Party) -> None:
+        if alice == self.holder or not live.at(alice):  # in a process of her own each has hers at home
+            return
+        self.first = self.first or copied(live.weights)
+        if self.holder is not None:
+            self.own[self.holder] = {"weights": copied(live.weights), "state": live.own_state()}
+        mine = self.own.pop(alice, {"weights": self.first, "state": {}})
+        live.load(mine["weights"])
+        live.set_state(mine["state"])
+        self.holder = alice
+
+    def show(self, live: Live, alice: Party) -> None:
+        self.before = self.holder
+
+    def hide(self, live: Live) -> None:
+        if self.before is not None:
+            self.take(live, self.before)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self.first, "own": self.own, "holder": self.holder}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.first, self.own, self.holder = state["first"], state["own"], state["holder"]
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` (={value}) must be one of {', '.join(choices)}")

@@ -1,0 +1,106 @@
+"""What a checkpoint is read and written with, which weights a run starts from, and which of them it tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from splitlearn.errors import InputError, told_if_full
+from splitlearn.network import SplitNetwork
+
+FEW = 3  # of what does not fit, so many are named
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Loads tensors and plain values only: a checkpoint that somebody sent can run no code here."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Under another name first: a process that dies in the middle leaves no half of a file."""
+        unfinished = Path(f"{path}.tmp")
+        with told_if_full(path):
+            super().save_checkpoint(checkpoint, unfinished, storage_options)
+            os.replace(unfinished, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        try:
+            checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except Exception as error:  # what a damaged file raises is up to its bytes
+            raise InputError(f"`ckpt` (={path}) cannot be read ({type(error).__name__}): take another one") from error
+        if "splitlearn" not in checkpoint:
+            raise InputError(f"`ckpt` (={path}) was not saved by splitlearn: take a file of a run's checkpoints folder")
+        return checkpoint
+
+
+def start_from(path: str, network: SplitNetwork) -> None:
+    """Give `network` the weights of a checkpoint and nothing else of it, wherever its network was cut.
+
+    Raises InputError, with the names, for weights that do not fit, and where they are those of one Alice alone.
+    """
+    checkpoint = SafeCheckpointIO().load_checkpoint(path)
+    sharings = checkpoint["splitlearn"]["rounds"]["sharings"].values()
+    if any(sharing.get("own") or sharing.get("start") for sharing in sharings):
+        raise InputError(
+            f"`weights` (={path}) has weights of each Alice, since bottoms are personal or a round was going on: take "
+            "a checkpoint of the end of a round of a schedule in which they share them"
+        )
+    ours, theirs = (
+        _by_block(network.state_dict()),
+        _by_block({name.removeprefix("network."): value for name, value in checkpoint["state_dict"].items()}),
+    )
+    shapes, others = ({name: list(value.shape) for name, value in part.items()} for part in (ours, theirs))
+    misfits = [
+        f"{name} is {others.get(name, 'missing')} there and {shapes.get(name, 'missing')} here"
+        for name in sorted({*shapes, *others})
+        if shapes.get(name) != others.get(name)
+    ]
+    if misfits:
+        more = f", and {len(misfits) - FEW} more" if len(misfits) > FEW else ""
+        raise InputError(
+            f"`weights` (={path}) does not fit: {', '.join(misfits[:FEW])}{more}: take the `model` it was trained with"
+        )
+    with torch.no_grad():
+        for name, value in ours.items():
+            value.copy_(theirs[name])
+
+
+def _by_block(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By `BLOCK.NAME`, without the stage in front, where no two stages run the same block."""
+    state = {name: value for name, value in state.items() if name.startswith("segments.")}
+    short = {name.split(".", 2)[2]: value for name, value in state.items()}
+    return short if len(short) == len(state) else dict(state)
+
+
+def monitoring(trainer: pl.Trainer) -> ModelCheckpoint | None:
+    """The callback that knows which checkpoint is the best."""
+    saving = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None)
+    return next(saving, None)
+
+
+def tested(trainer: pl.Trainer, which: str) -> str | None:
+    """Return the checkpoint to test, None for the weights that training ended with. Of two it says which.
+
+    Raises InputError where no checkpoint is the best.
+    """
+    best = monitoring(trainer)
+    if best is None or (which == "last" and not best.best_model_path):
+        return None
+    if not best.best_model_path:
+        raise InputError(
+            f"`test` (=best) has nothing to test, since `{best.monitor}` was never measured: train for longer, or take "
+            "test=last"
+        )
+    score = f"`{best.monitor}` of {best.best_model_score:.4f}"
+    if which == "last":
+        rank_zero_info(f"Tests the last weights; test=best would test {best.best_model_path} with its {score}")
+        return None
+    rank_zero_info(f"Tests the best checkpoint, {best.best_model_path} with its {score}")
+    return str(best.best_model_path)
