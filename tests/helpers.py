@@ -120,13 +120,12 @@ def train(
     """Train `net` for two epochs on 19 rows: ten steps, two of them short. Alices hand on, or as `schedule` says."""
     x, y = make_rows(19) if rows is None else rows
     source = Source(TensorDataset(x, y), TensorDataset(x[:5], y[:5]), 3)
-    takers = layout.takers(num_alices)
     sizes = {"batch_size": batch_size, "eval_batch_size": 3, "val_fraction": val_fraction}
-    data = SplitData(source, takers, len(layout.fields), seed=SEED, **sizes, **data)
+    data = SplitData(source, layout, num_alices, seed=SEED, **sizes, **data)
     wire, losses = Wire(), Losses()
-    network = SplitNetwork(net() if model is None else model, layout, wire, data.sample(), SEED)
+    network = SplitNetwork(net() if model is None else model, layout, data, wire, SEED)
     wire.taps = list(taps)
-    arranged = Schedule(takers, **{"alice": Handoff(optimizer_state), "seed": SEED, **schedule})
+    arranged = Schedule(data.takers, **{"alice": Handoff(optimizer_state), "seed": SEED, **schedule})
     trained = SplitLearner(network, arranged, make, losses, 3, **learner)
     quiet = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "num_sanity_val_steps"), False
@@ -182,7 +181,7 @@ class Unsplit(nn.Module):
 
 def make_network(layout: Layout, model: nn.Sequential | None = None, seed: int = SEED) -> SplitNetwork:
     x, y = make_rows(2)
-    return SplitNetwork(net() if model is None else model, layout, Wire(), {"x": x, "y": y}, seed)
+    return SplitNetwork(net() if model is None else model, layout, {"x": x, "y": y}, seed=seed)
 
 
 def make_batch(num_rows: int = 5, number: tuple[int, int] = (0, 0)) -> Batch:

@@ -22,7 +22,6 @@ from splitlearn.network import SplitNetwork
 from splitlearn.schedules.schedule import Schedule
 from splitlearn.schedules.sharing import Handoff
 from splitlearn.training.checkpoints import SafeCheckpointIO
-from splitlearn.wire import Wire
 
 TWO_PARTY = two_party(BLOCKS, 2)
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
@@ -59,13 +58,13 @@ def make_data(num_rows=39, batch_size=4, layout=TWO_PARTY, num_alices=1, val_row
         return [torch.cat(part) for part in zip(parts, held.tensor_split(num_shards), strict=True)]
 
     batches = {"batch_size": batch_size, "eval_batch_size": 3}
-    return SplitData(source, layout.takers(num_alices), partition=deal, **batches, **held_out)
+    return SplitData(source, layout, num_alices, partition=deal, **batches, **held_out)
 
 
 def make_learner(
     data, layout=TWO_PARTY, make=SGD, model=None, state="carry", schedule=None, kind=SplitLearner, **kwargs
 ) -> SplitLearner:
-    network = SplitNetwork(model or net(), layout, Wire(), data.sample(), SEED)
+    network = SplitNetwork(model or net(), layout, data, seed=SEED)
     arranged = Schedule(tuple(data.shards), **{"alice": Handoff(state), **(schedule or {})})
     return kind(network, arranged, make, nn.CrossEntropyLoss(), 3, **kwargs)
 

@@ -152,7 +152,7 @@ def test_what_two_parties_would_share_is_refused(tie, one, other, wire):
     tie(model)
     rule = f"`{one}` of alice and `{other}` of bob are one tensor (tied weights), which two parties cannot train: untie"
     with pytest.raises(ValueError, match=f"^{re.escape(rule)}"):
-        SplitNetwork(model, two_party(NAMES[:6], 2), wire_of(wire), {"x": x, "y": y})
+        SplitNetwork(model, two_party(NAMES[:6], 2), {"x": x, "y": y}, wire_of(wire))
 
 
 def test_weights_that_only_lie_side_by_side_are_not_tied():
@@ -176,7 +176,7 @@ def test_a_tie_counts_once_wherever_the_weights_live():
     layout = u_shaped(NAMES[:6], [2, 4])
     (x, y), said = make_rows(2), set()
     for party in (None, "alice0", "bob"):
-        network = SplitNetwork(copy.deepcopy(model), layout, wire_of(party), {"x": x, "y": y})
+        network = SplitNetwork(copy.deepcopy(model), layout, {"x": x, "y": y}, wire_of(party))
         said.add(network.describe())
     assert said == {"a of 150, b of 42, c of 0, d of 42, e of 6, f of 21"}
 
@@ -246,7 +246,7 @@ def test_raw_rows_are_warned_of_where_their_owner_plays(layout, told):
     fields = {"x": x} if layout.fields == ("x",) else {"x0": x[..., :3], "x1": x[..., 3:]}
     for party in (None, "alice0", "bob"):
         model = nn.Sequential(OrderedDict(copy.deepcopy(blocks)))
-        network = SplitNetwork(model, layout, wire_of(party), {**fields, "y": y})
+        network = SplitNetwork(model, layout, {**fields, "y": y}, wire_of(party))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             warn_of_raw_rows(network)
@@ -285,7 +285,7 @@ def test_complex_numbers_are_refused_in_every_process(layout, block, wire):
     x, y = make_rows(2)
     rule = r"^block `b` computes complex numbers, which do not cross: take torch.view_as_real$"
     with pytest.raises(ValueError, match=rule):
-        SplitNetwork(nn.Sequential(OrderedDict(blocks)), layout, wire_of(wire), {"x": x, "y": y})
+        SplitNetwork(nn.Sequential(OrderedDict(blocks)), layout, {"x": x, "y": y}, wire_of(wire))
 
 
 def test_complex_numbers_inside_a_block_are_welcome():

@@ -238,7 +238,7 @@ def test_watching_changes_nothing(tmp_path, precision):
 def test_every_cut_and_every_field_of_the_input_is_drawn(tmp_path):
     layout = vertical(BLOCKS[1:], 1, num_alices=2)
     x, y = torch.rand(20, 1, 4, 6), torch.arange(20) % 3
-    data = SplitData(Source(TensorDataset(x, y), None, 3), layout.takers(2), 2, batch_size=4, seed=0)
+    data = SplitData(Source(TensorDataset(x, y), None, 3), layout, 2, batch_size=4, seed=0)
     model = nn.Sequential()
     model.add_module("block2", nn.Sequential(nn.Flatten(), nn.Linear(12, 5)))
     model.add_module("block3", nn.Linear(10, 7))

@@ -12,7 +12,6 @@ from splitlearn.callbacks.layout_drawing import draw
 from splitlearn.models import mlp
 from splitlearn.network import SplitNetwork
 from splitlearn.schedules.schedule import Schedule
-from splitlearn.wire import Wire
 
 MNIST = {"x": (1, 28, 28)}
 HALVES = {"x0": (1, 28, 14), "x1": (1, 28, 14)}
@@ -90,7 +89,7 @@ def tutorial(make_layout, shapes: dict[str, tuple[int, ...]]) -> tuple[SplitNetw
     model = mlp(10, hidden_sizes=(128, 640))
     fields = {**{name: torch.zeros(2, *shape) for name, shape in shapes.items()}, "y": torch.zeros(2).long()}
     names = [name for name, _ in model.named_children()]
-    return SplitNetwork(model, make_layout(names), Wire(), fields), fields
+    return SplitNetwork(model, make_layout(names), fields), fields
 
 
 @pytest.mark.parametrize(("make_layout", "shapes", "drawing"), DRAWINGS.values(), ids=DRAWINGS)
@@ -118,7 +117,7 @@ def test_several_alices_and_what_they_hand_on_are_drawn(num_alices, names):
 def test_weights_that_are_handed_on_include_buffers():
     model = nn.Sequential(OrderedDict(bottom=nn.BatchNorm1d(3), top=nn.Linear(3, 2)))
     fields = {"x": torch.zeros(2, 3), "y": torch.zeros(2).long()}
-    network = SplitNetwork(model, layout.two_party(["bottom", "top"], cut=1), Wire(), fields)
+    network = SplitNetwork(model, layout.two_party(["bottom", "top"], cut=1), fields)
     # weight, bias, mean and variance of 3 float32, and a counter of 8 bytes
     assert "weights, 56 bytes a turn" in draw(network, fields, batch_size=4, schedule=Schedule(["alice0", "alice1"]))
 

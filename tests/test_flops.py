@@ -15,7 +15,6 @@ from splitlearn.layout import extended_vanilla, multi_hop, two_party, u_shaped, 
 from splitlearn.network import SplitNetwork
 from splitlearn.schedules.aggregation import Average, MeanGradient
 from splitlearn.schedules.sharing import Handoff, Personal, Shared
-from splitlearn.wire import Wire
 
 ROWS = 4
 # Multiply-adds of one row in each block of `net`: two 3x3 filters over 4x6 pixels, and three linear layers.
@@ -206,7 +205,7 @@ def test_the_stages_of_columns_cost_what_one_net_with_branches_costs(kind, froze
     x, y = make_rows(5)
     columns = x[..., :3], x[..., 3:]
     fields = {"x0": columns[0], "x1": columns[1], "y": y}
-    network = SplitNetwork(model, layout, Wire(), fields)
+    network = SplitNetwork(model, layout, fields)
     bottoms = [copy.deepcopy(model.bottom) for _ in range(2)]
     for i in frozen_bottoms:
         frozen(bottoms[i])

@@ -15,7 +15,6 @@ from splitlearn.layout import u_shaped, whole
 from splitlearn.learner import SplitLearner
 from splitlearn.network import SplitNetwork
 from splitlearn.schedules.schedule import Schedule
-from splitlearn.wire import Wire
 
 
 def fit(folder, data, callbacks=(), layout=TWO_PARTY, trainer=None, **learner):
@@ -136,7 +135,7 @@ def test_a_checkpoint_holds_plain_values_only(tmp_path):
 def make(model=None, loss=None, num_classes=3, **kwargs):
     blocks = net() if model is None else model
     sample = make_data().sample()
-    network = SplitNetwork(blocks, whole(tuple(dict(blocks.named_children()))), Wire(), sample)
+    network = SplitNetwork(blocks, whole(tuple(dict(blocks.named_children()))), sample)
     return SplitLearner(network, Schedule(("alice0",)), SGD, loss or nn.CrossEntropyLoss(), num_classes, **kwargs)
 
 

@@ -14,7 +14,6 @@ from splitlearn.errors import InputError
 from splitlearn.layout import extended_vanilla, multi_hop, two_party, u_shaped, vertical, whole
 from splitlearn.models.layers import lazily
 from splitlearn.network import SplitNetwork
-from splitlearn.wire import Wire
 
 AB = ("a", "b")
 ALICE_AND_BOB = {"alice": "alice0", "bob": "bob"}
@@ -148,7 +147,7 @@ def test_each_owner_of_columns_has_a_bottom_of_her_own(layout):
     model = lazy()
     model.add_module("c", nn.Linear(3, 3))
     model = model if layout.kind != "vertical" else model[:2]
-    network = SplitNetwork(model, layout, Wire(), {"x0": x[..., :3], "x1": x[..., 3:], "y": y})
+    network = SplitNetwork(model, layout, {"x0": x[..., :3], "x1": x[..., 3:], "y": y})
     bottoms = [network.segments[name].a[0] for name in ("bottom0", "bottom1")]
     assert not torch.equal(bottoms[0].weight, bottoms[1].weight)
     assert [len(network.parameters_of(role)) for role in ("alice0", "alice1")] == [2, 2]
@@ -180,7 +179,7 @@ def test_the_network_finds_out_which_blocks_draw(block, draws):
 def test_draws_belong_to_the_mini_batch_and_to_the_block():
     ones = torch.ones(1, 200)
     blocks = nn.Sequential(OrderedDict(a=nn.Dropout(), b=nn.Flatten(), c=nn.Dropout()))
-    segments = SplitNetwork(blocks, two_party(("a", "b", "c"), 1), Wire(), {"x": ones, "y": ones}).segments
+    segments = SplitNetwork(blocks, two_party(("a", "b", "c"), 1), {"x": ones, "y": ones}).segments
     drawn = {number: segments["bottom"](ones, number) for number in [(0, 0), (0, 1), (1, 0)]}
     assert len({tuple(each.flatten().tolist()) for each in drawn.values()}) == 3
     assert not torch.equal(segments["top"](ones, (0, 0)), drawn[0, 0])

@@ -28,7 +28,6 @@ from splitlearn.layout import whole
 from splitlearn.network import SplitNetwork
 from splitlearn.schedules.aggregation import MeanGradient
 from splitlearn.training.optimizers import by_role
-from splitlearn.wire import Wire
 
 WHOLE = whole(BLOCKS)
 
@@ -132,7 +131,7 @@ def test_a_plateau_follows_the_metric_it_is_told(tmp_path):
 
 
 def test_what_cannot_be_made_is_refused_before_training():
-    network = SplitNetwork(net(), TWO_PARTY, Wire(), dict(zip("xy", make_rows(2), strict=True)))
+    network = SplitNetwork(net(), TWO_PARTY, dict(zip("xy", make_rows(2), strict=True)))
     with pytest.raises(ValueError, match=r"`optimizers.carol` names no role of the layout: alice, bob"):
         by_role(network, SGD, {"carol": SGD})
     with pytest.raises(ValueError, match=r"the optimizer of bob cannot be made: .*momentums.*; change `optimizer`"):

@@ -209,7 +209,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def data_of(path, layout, **more):
     rows = own_table(path, FEATURES, "diagnosis", CLASSES)
-    return SplitData(rows, layout.takers(1), len(layout.fields), standardise=True, **more)
+    return SplitData(rows, layout, standardise=True, **more)
 
 
 VERTICAL = vertical(BLOCKS, 1, num_alices=2)
@@ -252,7 +252,7 @@ def test_the_file_of_the_simulator_has_all_columns(column, configure, tmp_path):
 
 def test_alices_who_take_turns_have_no_files_of_their_own(configure, tmp_path):
     path = write(tmp_path, "joined.csv", "id", *FEATURES, "diagnosis")
-    data = SplitData(own_table(path, FEATURES, "diagnosis", CLASSES), ("alice0", "alice1"))
+    data = SplitData(own_table(path, FEATURES, "diagnosis", CLASSES), num_alices=2)
     with pytest.raises(InputError, match=r"data=own_table has one Alice or a vertical layout, .*not alice0, alice1"):
         data.keep(two_party(BLOCKS, 1).owners, RemoteWire("bob").plays)
     train(configure(*ASKED, f"data.root={path}", "num_alices=2", "trainer.limit_train_batches=2"))

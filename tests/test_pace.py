@@ -256,7 +256,7 @@ class WithoutBob(Wire):
 def test_who_waits_reads_the_next_rows_meanwhile_and_none_that_are_not_trained_on(tmp_path, limit, steps):
     data, wire = make_data(), WithoutBob()
     data.augment = lambda x, generator: wire.events.append("rows") or x
-    network = SplitNetwork(net(), TWO_PARTY, wire, data.sample(), SEED)
+    network = SplitNetwork(net(), TWO_PARTY, data, wire, SEED)
     learner = SplitLearner(network, Schedule(["alice0"]), SGD, torch.nn.CrossEntropyLoss(), 3)
     make_trainer(tmp_path, **limit).fit(learner, datamodule=data)
     step = ["activation", "rows", "gradient"]

@@ -18,6 +18,8 @@ from splitlearn.data.rows import InMemory, Normalise, Streamed, load
 from splitlearn.layout import two_party, vertical
 from splitlearn.schedules.schedule import Schedule
 
+VERTICAL = vertical(("a", "b"), 1, num_alices=2)
+
 CPU = torch.device("cpu")
 
 
@@ -260,7 +262,7 @@ def test_rows_are_split_into_training_validation_and_test(settings, sizes):
 
 
 def test_a_test_set_of_its_own_is_tested_on_and_leaves_all_rows_to_train():
-    data = make_data(num_tests=7, val_fraction=0.0, takers=THREE)
+    data = make_data(num_tests=7, val_fraction=0.0, num_alices=3)
     assert data.test_ids.tolist() == list(range(7))
     assert data.test_rows is not data.rows
     assert [len(shard) for shard in data.shards.values()] == [7, 7, 6]
@@ -273,7 +275,7 @@ def by_label(labels, num_shards, seed):
 
 
 def test_shards_are_of_training_rows_whatever_the_partition():
-    data = make_data(takers=THREE, partition=by_label)
+    data = make_data(num_alices=3, partition=by_label)
     assert [set((shard % 3).tolist()) for shard in data.shards.values()] == [{0}, {1}, {2}]
     train_ids = torch.cat(list(data.shards.values())).tolist()
     assert sorted([*data.val_ids.tolist(), *data.test_ids.tolist(), *train_ids]) == list(range(20))
@@ -286,13 +288,13 @@ def test_a_partition_deals_all_rows_and_those_held_out_keep_their_owners():
         seen.extend(labels.tolist())
         return by_label(labels, num_shards, seed)
 
-    data = make_data(takers=THREE, partition=deal)
+    data = make_data(num_alices=3, partition=deal)
     assert seen == [i % 3 for i in range(20)]
     assert data.owners.tolist() == data.labels.tolist() == [i % 3 for i in range(20)]
 
 
 def test_which_rows_are_held_out_does_not_depend_on_the_partition():
-    first, second, alone = make_data(takers=THREE), make_data(takers=THREE, partition=by_label), make_data()
+    first, second, alone = make_data(num_alices=3), make_data(num_alices=3, partition=by_label), make_data()
     assert first.val_ids.tolist() == second.val_ids.tolist() == alone.val_ids.tolist()
     assert first.test_ids.tolist() == second.test_ids.tolist() == alone.test_ids.tolist()
     assert first.owners.tolist() != second.owners.tolist()
@@ -301,7 +303,7 @@ def test_which_rows_are_held_out_does_not_depend_on_the_partition():
 def test_the_rows_of_a_file_are_numbered_as_the_source_numbers_them(tmp_path):
     path = tmp_path / "parties.csv"
     path.write_text("id,party\n" + "".join(f"{i},alice{int(i < 15)}\n" for i in range(20)))
-    data = make_data(num_tests=4, takers=("alice0", "alice1"), partition=partial(by_file, path=path))
+    data = make_data(num_tests=4, num_alices=2, partition=partial(by_file, path=path))
     assert set(data.shards["alice0"].tolist()) == set(range(15, 20)) - set(data.val_ids.tolist())
     assert set(data.shards["alice1"].tolist()) == set(range(15)) - set(data.val_ids.tolist())
 
@@ -311,7 +313,7 @@ def test_evaluation_knows_owners_unless_the_test_set_is_nobodys():
         return [batch.owners for batch in loader]
 
     for num_tests in (None, 7):
-        data = make_data(num_tests=num_tests, takers=THREE, partition=by_label, val_fraction=0.3)
+        data = make_data(num_tests=num_tests, num_alices=3, partition=by_label, val_fraction=0.3)
         data.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
         assert torch.equal(torch.cat(owners(data.val_dataloader())), data.val_ids % 3)
         tested = owners(data.test_dataloader())
@@ -366,13 +368,13 @@ def test_what_cannot_be_standardised_is_refused(dataset, settings, why):
 def test_columns_are_owned_as_the_source_names_them():
     x, y = torch.arange(60.0).view(20, 3), torch.arange(20) % 3
     source = Source(TensorDataset(x, y), None, 3, ["age", "weight", "pressure"])
-    fields = SplitData(source, ("alices",), 2, columns=[["pressure"], ["age", 1]]).rows.fields
+    fields = SplitData(source, VERTICAL, columns=[["pressure"], ["age", 1]]).rows.fields
     assert torch.equal(fields["x0"], x[:, [2]])
     assert torch.equal(fields["x1"], x[:, [0, 1]])
 
 
 def test_a_sample_is_of_training_rows_and_repeats_a_single_one():
-    data = make_data(num_rows=5, num_tests=2, val_fraction=0.0, takers=[f"alice{i}" for i in range(5)])
+    data = make_data(num_rows=5, num_tests=2, val_fraction=0.0, num_alices=5)
     only = data.shards["alice0"].item()
     assert data.sample(3)["x"].tolist() == [[only]] * 3
     assert data.sample(3)["y"].tolist() == [only % 3] * 3
@@ -395,19 +397,19 @@ HELD_OUT = int(torch.cat([make_data().val_ids, make_data().test_ids]).min())  # 
         ),
         ({"val_fraction": 0.6, "test_fraction": 0.4}, "20 rows cannot be split into a test share of 0.4, a validation"),
         (
-            {"takers": [f"alice{i}" for i in range(21)]},
+            {"num_alices": 21},
             "`num_alices` (=21) must lie between 1 and the number of training",
         ),
         (
-            {"takers": [f"alice{i}" for i in range(20)]},
+            {"num_alices": 20},
             "`data.val_fraction` holds out 2 rows, which Alices without others need: take fewer Alices",
         ),
         (
-            {"takers": ("alice0", "alice1"), "partition": lambda labels, n, seed: [torch.arange(20), torch.arange(0)]},
+            {"num_alices": 2, "partition": lambda labels, n, seed: [torch.arange(20), torch.arange(0)]},
             "`partition` gives alice1 no row: take fewer Alices or another partition",
         ),
         (
-            {"takers": ("alice0", "alice1"), "partition": lambda labels, n, seed: [torch.arange(20), torch.arange(3)]},
+            {"num_alices": 2, "partition": lambda labels, n, seed: [torch.arange(20), torch.arange(3)]},
             "`partition` deals 23 rows, 20 different ones: it must give each of the rows 0..19 to exactly one party",
         ),
         (
@@ -418,9 +420,9 @@ HELD_OUT = int(torch.cat([make_data().val_ids, make_data().test_ids]).min())  # 
             {"columns": [[0]]},
             "`data.columns` (=[[0]]) fits the layouts vertical and extended_vanilla, where each Alice owns some: take",
         ),
-        ({"num_columns": 2}, "`num_alices` (=2) must not exceed the 1 columns of the input"),
+        ({"layout": VERTICAL}, "`num_alices` (=2) must not exceed the 1 columns of the input"),
         (
-            {"augment": lambda x, generator: x, "num_columns": 2},
+            {"augment": lambda x, generator: x, "layout": VERTICAL},
             "`data.augment` needs the whole input: owners of columns would each crop theirs differently",
         ),
     ],
@@ -438,9 +440,9 @@ def test_a_checkpoint_knows_whose_rows_and_columns_were_trained_on():
 
     def columns_of(*blocks):
         x, y = torch.zeros(20, 3), torch.arange(20) % 3
-        return SplitData(Source(TensorDataset(x, y), None, 3), ("alices",), 2, columns=blocks).kind
+        return SplitData(Source(TensorDataset(x, y), None, 3), VERTICAL, columns=blocks).kind
 
-    two = {"takers": ("alice0", "alice1"), "num_tests": 1, "val_fraction": 0.0}
+    two = {"num_alices": 2, "num_tests": 1, "val_fraction": 0.0}
     kinds = [make_data(**two, partition=cut(at)).kind for at in (9, 10, 9)]
     kinds += [columns_of([0], [1, 2]), columns_of([0], [2, 1]), columns_of([0], [1, 2])]
     assert kinds[0] == kinds[2]
@@ -472,7 +474,7 @@ def test_an_alice_all_of_whose_rows_would_be_held_out_keeps_one():
     x, y = make_rows(20)
     source = Source(TensorDataset(x, y), None, 3)
     takers = [f"alice{i}" for i in range(6)]
-    plain, dealt = SplitData(source, seed=SEED), SplitData(source, takers, partition=deal, seed=SEED)
+    plain, dealt = SplitData(source, seed=SEED), SplitData(source, num_alices=len(takers), partition=deal, seed=SEED)
     held = {*plain.val_ids.tolist(), *plain.test_ids.tolist()}
     spared = held & set(range(5))
     assert spared  # or this seed shows nothing
@@ -483,7 +485,7 @@ def test_an_alice_all_of_whose_rows_would_be_held_out_keeps_one():
 def test_owners_of_columns_are_dealt_no_rows():
     source = Source(TensorDataset(*make_rows(20)), None, 3)
     with pytest.raises(ValueError, match=r"^`partition` \(=quantity\) deals rows, and these Alices own columns: take"):
-        SplitData(source, ("alices",), 2, partition=partial(quantity, alpha=1.0))
+        SplitData(source, VERTICAL, partition=partial(quantity, alpha=1.0))
     with pytest.raises(ValueError, match=r"^`partition` \(=columns\) fits the layouts vertical and extended_vanilla"):
-        SplitData(source, ("alice0", "alice1"), partition=all_rows)
-    assert len(SplitData(source, ("alices",), 2, partition=all_rows).shards["alices"]) == 14
+        SplitData(source, num_alices=2, partition=all_rows)
+    assert len(SplitData(source, VERTICAL, partition=all_rows).shards["alices"]) == 14

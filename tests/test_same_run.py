@@ -17,7 +17,6 @@ from splitlearn.data import Source, SplitData
 from splitlearn.errors import DivergedError, InputError
 from splitlearn.layout import two_party
 from splitlearn.network import SplitNetwork
-from splitlearn.wire import Wire
 
 
 def saved(folder, data=None, make=SGD, **trainer):
@@ -105,6 +104,6 @@ def test_a_batch_norm_in_eval_mode_stays_there():
     norm = nn.BatchNorm1d(4)
     model = nn.Sequential(OrderedDict(first=nn.Sequential(nn.Linear(4, 4), norm.eval()), head=nn.Linear(4, 2)))
     source = Source(TensorDataset(torch.randn(6, 4), torch.tensor([0, 1] * 3)), None, 2)
-    network = SplitNetwork(model, two_party(["first", "head"], 1), Wire(), SplitData(source).sample())
+    network = SplitNetwork(model, two_party(["first", "head"], 1), SplitData(source))
     assert not norm.training
     assert network.training

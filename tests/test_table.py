@@ -7,6 +7,7 @@ import torch
 
 from splitlearn.data import SplitData
 from splitlearn.data.table import table
+from splitlearn.layout import vertical
 
 PATIENTS = "age,diagnosis,pressure\n63,well,145.5\n41, ill ,1e2\n\n7,well,-3\n"
 
@@ -38,7 +39,7 @@ def test_a_test_file_takes_the_classes_of_the_training_file(tmp_path):
 def test_owners_of_named_columns_get_theirs(tmp_path):
     source = table(write(tmp_path, PATIENTS), "diagnosis")
     split = {"val_fraction": 0.0, "test_fraction": 0.4}
-    fields = SplitData(source, ("alices",), 2, columns=[["pressure"], ["age"]], **split).rows.fields
+    fields = SplitData(source, vertical(("a", "b"), 1, 2), columns=[["pressure"], ["age"]], **split).rows.fields
     assert fields["x0"].tolist() == [[145.5], [100], [-3]]
     assert fields["x1"].tolist() == [[63], [41], [7]]
 

@@ -16,7 +16,6 @@ from splitlearn.costs.by_cut import Terms, compare, measure
 from splitlearn.costs.flops import cost_of
 from splitlearn.layout import Layout, two_party, u_shaped, vertical
 from splitlearn.network import SplitNetwork
-from splitlearn.wire import Wire
 
 NAMES = ("flat", "a", "b", "c", "d", "head")
 TIED = ("flat", "first", "act", "second", "act2", "third", "head")
@@ -114,7 +113,7 @@ def test_what_is_tied_within_a_bottom_is_tied_in_each_alices_copy():
     linear = nn.Linear(12, 12)
     model = nn.Sequential(OrderedDict(flat=nn.Flatten(), b=linear, c=linear, head=nn.Linear(24, 3)))
     x, y = make_rows(2)
-    network = SplitNetwork(model, layout, Wire(), {"x0": x[..., :3], "x1": x[..., 3:], "y": y})
+    network = SplitNetwork(model, layout, {"x0": x[..., :3], "x1": x[..., 3:], "y": y})
     for bottom in (network.segments["bottom0"], network.segments["bottom1"]):
         assert bottom.b.weight is bottom.c.weight
     assert network.segments["bottom0"].b.weight is not network.segments["bottom1"].b.weight

@@ -13,7 +13,6 @@ from splitlearn.models.zoo import cut_up, torchvision
 from splitlearn.network import Batch, SplitNetwork
 from splitlearn.seeds import derive
 from splitlearn.train import train
-from splitlearn.wire import Wire
 
 # Small ones, each with something of its own: skips, hard-swish in place, concatenation, tuples, attention, no pooling.
 MODELS = ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5", "mnasnet0_5", "alexnet"]
@@ -72,7 +71,7 @@ def test_in_a_split_network_dropout_draws_what_torchvisions_own_draws_from_the_s
 
     layout = two_party([name for name, _ in blocks.named_children()], cut)
     fields = {"x": x, "y": torch.tensor([0, 1])}
-    network = SplitNetwork(blocks, layout, Wire(), fields, seed=3).train()
+    network = SplitNetwork(blocks, layout, fields, seed=3).train()
     output, _, tape = network(Batch(torch.arange(2), fields, (4, 5)), layout.cast("alice0"))
     assert len(tape) == 1
     assert torch.equal(output, expected)

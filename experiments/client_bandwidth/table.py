@@ -17,7 +17,6 @@ from splitlearn.schedules.aggregation import Average, MeanGradient
 from splitlearn.schedules.rounds import Rounds
 from splitlearn.schedules.schedule import Schedule
 from splitlearn.schedules.sharing import Handoff, Sharing
-from splitlearn.wire import Wire
 
 RESULTS = Path(__file__).parent / "results"
 CLIENTS, NUM_EPOCHS = (100, 500), 100
@@ -87,7 +86,7 @@ def measure(model: nn.Sequential, cut: int | str, shape: tuple[int, ...], num_ro
 
 def make_network(model: nn.Sequential, layout: Layout, shape: tuple[int, ...]) -> SplitNetwork:
     sample = {"x": torch.empty(2, *shape, device="meta"), "y": torch.empty(2, dtype=torch.int64, device="meta")}
-    return SplitNetwork(model, layout, Wire(), sample)
+    return SplitNetwork(model, layout, sample)
 
 
 def bytes_of_row(network: SplitNetwork) -> int:

@@ -12,7 +12,6 @@ from splitlearn.costs.flops import Cost, Meter
 from splitlearn.layout import two_party
 from splitlearn.models import vgg16
 from splitlearn.network import SplitNetwork
-from splitlearn.wire import Wire
 
 RESULTS = Path(__file__).parent / "results"
 CLIENTS, NUM_IMAGES = (100, 500), 50_000
@@ -42,7 +41,7 @@ def make_network() -> SplitNetwork:
         sample = {"x": torch.empty(1, 3, 32, 32), "y": torch.empty(1, dtype=torch.int64)}
     layers = nn.Sequential(*(layer for block in model for layer in block))
     layout = two_party([name for name, _ in layers.named_children()], cut=1)
-    return SplitNetwork(layers, layout, Wire(), sample)
+    return SplitNetwork(layers, layout, sample)
 
 
 def cost_of_image(network: SplitNetwork) -> tuple[Cost, Cost]:

@@ -26,7 +26,6 @@ from splitlearn.layout import two_party
 from splitlearn.models import mlp
 from splitlearn.network import SplitNetwork
 from splitlearn.schedules.schedule import Schedule
-from splitlearn.wire import Wire
 
 
 def train(network: SplitNetwork, data: SplitData, epochs: int) -> list[float]:
@@ -68,7 +67,7 @@ def train(network: SplitNetwork, data: SplitData, epochs: int) -> list[float]:
 def split(data: SplitData) -> SplitNetwork:
     """Cut the tutorial's network behind its second hidden layer; the initial weights follow from the seed."""
     layout = two_party(["hidden1", "hidden2", "head"], cut=2)
-    return SplitNetwork(mlp(data.num_classes, hidden_sizes=[128, 640]), layout, Wire(), data.sample(), seed=0)
+    return SplitNetwork(mlp(data.num_classes, hidden_sizes=[128, 640]), layout, data, seed=0)
 
 
 def batches(data: SplitData, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:

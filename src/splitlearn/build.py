@@ -63,20 +63,14 @@ def build(cfg: DictConfig, wire: Wire | None = None) -> Run:
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     source = make(cfg.data.source)
     model = make(cfg.model, num_classes=source.num_classes)
-    layout = make(cfg.layout, list(check_blocks(model)))
-    takers = layout.takers(cfg.num_alices)
-    data = make(
-        _without(cfg.data, READ_BY_SOURCE),
-        source,
-        takers,
-        len(layout.fields),
-        partition=make(cfg.partition),
-        seed=cfg.seed,
-    )
-    network = SplitNetwork(model, layout, Wire() if wire is None else wire, data.sample(), cfg.seed)
+    check_blocks(model)
+    layout = make(cfg.layout, model)
+    settings = _without(cfg.data, READ_BY_SOURCE)
+    data = make(settings, source, layout, cfg.num_alices, partition=make(cfg.partition), seed=cfg.seed)
+    network = SplitNetwork(model, layout, data, wire, cfg.seed)
     if wire is not None:
         data.keep(layout.owners, wire.plays)
-    schedule = make(_without(cfg.schedule, ("sets",)), takers, seed=cfg.seed)
+    schedule = make(_without(cfg.schedule, ("sets",)), data.takers, seed=cfg.seed)
     learner = _make_learner(cfg, network, schedule, source.num_classes)
     _check_micro_batches(learner, data.batch_size)
     trainer = _make_trainer(cfg)

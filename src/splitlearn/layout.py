@@ -22,10 +22,15 @@ from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
+from torch import nn
+
 Party = str
 """A name: `alice0`, `bob`, `carol`. The party owns segments, an optimizer and the data fields the layout gives it."""
 Role = str
 """The part that a party plays: `alice` is played by each Alice in her turn, any other by the party of its name."""
+
+Blocks = nn.Module | Sequence[str]
+"""A model of named blocks, or their names, in order."""
 
 CHAIN = ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi")
 
@@ -92,8 +97,9 @@ class Layout:
         return f"{self.kind}: " + " | ".join(stages) + f" | labels at {self.owners['y']}"
 
 
-def two_party(blocks: Sequence[str], cut: int | str, labels: Role = "bob") -> Layout:
+def two_party(blocks: Blocks, cut: int | str, labels: Role = "bob") -> Layout:
     """Alice has the data and the blocks before `cut`, Bob the rest and (by default) the labels."""
+    blocks = _names(blocks)
     at = _find_cuts("two_party", blocks, [cut])[0]
     bottom = Stage("bottom", "alice", ("x",), tuple(blocks[:at]))
     top = Stage("top", "bob", ("bottom",), tuple(blocks[at:]))
@@ -101,9 +107,10 @@ def two_party(blocks: Sequence[str], cut: int | str, labels: Role = "bob") -> La
 
 
 def multi_hop(
-    blocks: Sequence[str], cuts: Sequence[int | str], parties: Sequence[str] | None = None, labels: Role | None = None
+    blocks: Blocks, cuts: Sequence[int | str], parties: Sequence[str] | None = None, labels: Role | None = None
 ) -> Layout:
     """A chain of `len(cuts) + 1` parties; the last holds the labels unless `labels` names another."""
+    blocks = _names(blocks)
     bounds = [0, *_find_cuts("multi_hop", blocks, cuts), len(blocks)]
     roles = list(parties) if parties is not None else list(CHAIN[: len(bounds) - 1])
     if len(roles) != len(bounds) - 1 or len(set(roles)) != len(roles) or roles[0] != "alice":
@@ -117,8 +124,9 @@ def multi_hop(
     return Layout("multi_hop", stages, {"x": "alice", "y": roles[-1] if labels is None else labels})
 
 
-def u_shaped(blocks: Sequence[str], cuts: Sequence[int | str], labels: Role = "alice") -> Layout:
+def u_shaped(blocks: Blocks, cuts: Sequence[int | str], labels: Role = "alice") -> Layout:
     """Alice has both ends, data and labels; Bob the body. No label ever leaves Alice."""
+    blocks = _names(blocks)
     first, second = _find_cuts("u_shaped", blocks, cuts, exactly=2)
     if labels != "alice":
         raise ValueError(f"`layout.labels` (={labels}) must be alice in a U: the loss is hers; use two_party otherwise")
@@ -128,16 +136,18 @@ def u_shaped(blocks: Sequence[str], cuts: Sequence[int | str], labels: Role = "a
     return Layout("u_shaped", (head, body, tail), {"x": "alice", "y": "alice"})
 
 
-def vertical(blocks: Sequence[str], cut: int | str, num_alices: int, labels: Role = "bob") -> Layout:
+def vertical(blocks: Blocks, cut: int | str, num_alices: int, labels: Role = "bob") -> Layout:
     """Each Alice owns columns of the input and a bottom of her own; Bob joins the activations and holds the labels."""
+    blocks = _names(blocks)
     at = _find_cuts("vertical", blocks, [cut])[0]
     bottoms = _bottoms(blocks[:at], num_alices)
     top = Stage("top", "bob", tuple(stage.name for stage in bottoms), tuple(blocks[at:]))
     return Layout("vertical", (*bottoms, top), {**_columns(bottoms), "y": labels})
 
 
-def extended_vanilla(blocks: Sequence[str], cuts: Sequence[int | str], num_alices: int, labels: Role = "bob") -> Layout:
+def extended_vanilla(blocks: Blocks, cuts: Sequence[int | str], num_alices: int, labels: Role = "bob") -> Layout:
     """Vertical bottoms whose joined activations pass through Carol before they reach Bob."""
+    blocks = _names(blocks)
     first, second = _find_cuts("extended_vanilla", blocks, cuts, exactly=2)
     bottoms = _bottoms(blocks[:first], num_alices)
     middle = Stage("middle", "carol", tuple(stage.name for stage in bottoms), tuple(blocks[first:second]))
@@ -145,9 +155,13 @@ def extended_vanilla(blocks: Sequence[str], cuts: Sequence[int | str], num_alice
     return Layout("extended_vanilla", (*bottoms, middle, top), {**_columns(bottoms), "y": labels})
 
 
-def whole(blocks: Sequence[str]) -> Layout:
+def whole(blocks: Blocks) -> Layout:
     """No cut: Alice has the data, the labels and the whole network. The baseline that the others must equal."""
-    return Layout("whole", (Stage("whole", "alice", ("x",), tuple(blocks)),), {"x": "alice", "y": "alice"})
+    return Layout("whole", (Stage("whole", "alice", ("x",), tuple(_names(blocks))),), {"x": "alice", "y": "alice"})
+
+
+def _names(blocks: Blocks) -> Sequence[str]:
+    return list(blocks._modules) if isinstance(blocks, nn.Module) else blocks
 
 
 def _bottoms(blocks: Sequence[str], num_alices: int) -> tuple[Stage, ...]:

@@ -51,7 +51,7 @@ class SplitLearner(pl.LightningModule):
         schedule: whose turn it is, and what happens to weights between turns.
         optimizer: parameters to optimizer, e.g. `partial(torch.optim.SGD, lr=0.1)`; `optimizers` overrides it by role.
         loss: (output, labels) to the mean over the rows; NLLLoss takes log-probabilities, CrossEntropyLoss logits.
-        num_classes: of the labels.
+        num_classes: of the labels; None: as many as the network has outputs.
         scheduler: optimizer to learning-rate scheduler; `interval` (epoch or step) and `monitor` as in Lightning.
         gradient_clip_val, gradient_clip_algorithm: as Lightning's Trainer has them, for each role by itself: no party
             sees another's gradients.
@@ -72,7 +72,7 @@ class SplitLearner(pl.LightningModule):
         schedule: Schedule,
         optimizer: MakeOptimizer,
         loss: nn.Module,
-        num_classes: int,
+        num_classes: int | None = None,
         optimizers: Mapping[Role, MakeOptimizer] | None = None,
         scheduler: Callable[[Optimizer], Any] | None = None,
         interval: str = "epoch",
@@ -86,6 +86,7 @@ class SplitLearner(pl.LightningModule):
         super().__init__()
         check_settings(interval, gradient_clip_val, steps_per_execution, micro_batches)
         check_accumulation(accumulate_grad_batches, schedule.turn)
+        num_classes = network.sample_output.shape[-1] if num_classes is None else num_classes
         check_loss(loss, network.sample_output, num_classes, network.wire.hosts(network.layout.stages[-1].role))
         warn_of_raw_rows(network)
         self.network, self.layout, self.schedule, self.loss = network, network.layout, schedule, loss

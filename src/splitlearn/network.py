@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,23 +46,37 @@ def micro(batch: Batch, parts: int) -> list[Batch]:
     ]
 
 
+class Sampled(Protocol):
+    """Data that can show a few rows."""
+
+    def sample(self) -> Mapping[str, Tensor]: ...
+
+
 class SplitNetwork(nn.Module):
     """A model cut into the segments of a layout, with a cut layer wherever a value goes to another party.
 
     Arguments:
         model: named blocks, at least one, each taking the output of the one before it.
         layout: made for the names of these blocks.
-        wire: what the cut layers and the labels go through.
-        sample: a few rows of each data field, from which lazy layers take their shapes.
+        sample: a few rows of each data field, from which lazy layers take their shapes, or what has a `sample()` of
+            them, such as `SplitData`.
+        wire: what the cut layers and the labels go through; None: that of the simulator.
         seed: initial weights are a function of (seed, block name) for lazy layers.
 
     `sample_output` is the output for the sample, by which a loss is checked; `sample` is its shapes, on meta.
     """
 
     def __init__(
-        self, model: nn.Sequential, layout: Layout, wire: Wire, sample: Mapping[str, Tensor], seed: int = 0
+        self,
+        model: nn.Sequential,
+        layout: Layout,
+        sample: Mapping[str, Tensor] | Sampled,
+        wire: Wire | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
+        wire = Wire() if wire is None else wire
+        sample = sample if isinstance(sample, Mapping) else sample.sample()
         self.layout = layout
         self.wire = wire
         self.cut = CutLayer(wire)

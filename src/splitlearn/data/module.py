@@ -20,7 +20,7 @@ from splitlearn.data.partition import columns as deal_columns
 from splitlearn.data.rows import Fields, InMemory, Normalise, Rows, Streamed, as_labels, in_dtype, load, moments
 from splitlearn.data.sources import Source
 from splitlearn.errors import InputError
-from splitlearn.layout import Party, Role
+from splitlearn.layout import Layout, Party, Role, whole
 from splitlearn.training.checks import described
 
 FITS_IN_MEMORY = 2 * 1024**3  # bytes of float32; larger data sets are streamed unless `in_memory` says otherwise
@@ -36,8 +36,9 @@ class SplitData(pl.LightningDataModule):
 
     Arguments:
         source: where the rows come from.
-        takers: who takes turns, `layout.takers(num_alices)`; each gets a shard of the training rows.
-        num_columns: the number of parties that own columns of the input, `len(layout.fields)`.
+        layout: says who takes turns, each with a shard of the training rows, and whether parties own columns of the
+            input; None: Alices with rows of their own.
+        num_alices: how many there are, where they take turns.
         columns: the numbers or names of each one's columns; None for equal blocks.
         batch_size, eval_batch_size: rows in a mini-batch, in training and in evaluation.
         val_fraction: the share of the training rows that is held out for validation, in [0, 1).
@@ -56,8 +57,8 @@ class SplitData(pl.LightningDataModule):
     def __init__(
         self,
         source: Source,
-        takers: Sequence[Party] = ("alice0",),
-        num_columns: int = 1,
+        layout: Layout | None = None,
+        num_alices: int = 1,
         columns: Sequence[Sequence[int | str]] | None = None,
         batch_size: int = 64,
         eval_batch_size: int = 1024,
@@ -73,6 +74,9 @@ class SplitData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        layout = layout or whole(())
+        takers, num_columns = layout.takers(num_alices), len(layout.fields)
+        self.takers = takers
         _check(batch_size, eval_batch_size, val_fraction, test_fraction, augment, num_columns)
         self.batch_size, self.eval_batch_size, self.seed, self.augment = batch_size, eval_batch_size, seed, augment
         self.num_classes = source.num_classes
