@@ -82,7 +82,7 @@ def test_tables_are_told_apart_by_columns_and_classes(tmp_path):
     rows = [f"{i},{2 * i},{('ill', 'well')[i % 2]}" for i in range(10)]
     first = read("age,weight,diagnosis", *rows)
     assert list(first) == ["classes", "columns", "number of rows", LABELS, ROWS, ORDER]
-    assert first["classes"], first["columns"] == ("ill, well", "age, weight")
+    assert (first["classes"], first["columns"]) == ("ill, well", "age, weight")
     shuffled = read("age,weight,diagnosis", *rows[::-1])
     assert {what for what in first if first[what] != shuffled[what]} == {LABELS, ORDER}
 

@@ -81,6 +81,7 @@ def test_owners_of_named_columns_get_theirs(tmp_path):
             "FILE, line 1: the header (age;diagnosis) must name two columns or more; it seems to be "
             "separated by ';': say 'data.delimiter=\";\"'",
         ),
+        ("age|diagnosis\n1|ill\n", "FILE, line 1: the header (age|diagnosis) must name two columns or more; it seems"),
         ("age\tdiagnosis\n1\till\n", "FILE, line 1: the header (age\tdiagnosis) must name two columns or more"),
         (
             "age,diagnosis\n" + "".join(f"1,{i / 3}\n" for i in range(30)),
@@ -139,6 +140,10 @@ def test_other_delimiters_and_columns_called_by_numbers(tmp_path):
     assert torch.equal(found.train.tensors[0], expected.train.tensors[0])
     tabs = write(tmp_path, "1\t2\t3\n5\till\t7\n6\twell\t8\n", "tabs.csv")
     assert all(table(tabs, 2, delimiter=tab)[3:] == expected[3:] for tab in ("\t", "\\t"))
+    with refuses(
+        f"{tabs}, line 1: the header (1\t2\t3) must name two columns or more; it seems to be separated by '\\t'"
+    ):
+        table(tabs, 2, delimiter=";")
     with refuses("`data.delimiter` (=';;') must be one character"):
         table(path, 2, delimiter=";;")
 

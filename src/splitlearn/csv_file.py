@@ -53,7 +53,7 @@ def _check_header(where: str, header: Sequence[str]) -> None:
 
 def other_delimiter(header: Sequence[str], group: str) -> str:
     """Return the advice to name another delimiter where a header of one field shows it, or nothing."""
-    found = [mark for mark in ";\t|" if len(header) == 1 and mark in header[0]]
+    found = [mark for mark in ";\t|," if len(header) == 1 and mark in header[0]]
     return (
         f"; it seems to be separated by {found[0]!r}: say '{group}.delimiter=\"{_shown(found[0])}\"'" if found else ""
     )

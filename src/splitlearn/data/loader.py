@@ -61,9 +61,10 @@ class TurnLoader:
 
     def __iter__(self) -> Iterator[Stretch[Turns]]:
         if self.pace.trainer.global_step == 0 and (idle := self.idle()):
-            rule = "has its turn only behind the limit of mini-batches, in every epoch, and does not train"
             cure = "raise `trainer.limit_train_batches`, `overfit_batches` or `max_steps`, or take schedule.turn=1"
-            rank_zero_warn(f"{', '.join(idle)}: {rule}: {cure}")
+            rank_zero_warn(
+                f"{', '.join(idle)} will not train, since the trainer's limits come before their turn: {cure}"
+            )
         self.pace.ahead = steps = Ahead(self._turns(self.pace.trainer.current_epoch, self.pace.done))
         try:
             while length := self.pace.next_length():
@@ -80,10 +81,12 @@ class TurnLoader:
         trainer = self.pace.trainer
         left = math.inf if trainer.max_steps == -1 else trainer.max_steps
         limited = left < math.inf or trainer.limit_train_batches != 1.0 or isinstance(trainer.limit_train_batches, int)
-        epochs = min(LOOKED_AT, trainer.max_epochs) if (trainer.max_epochs or -1) > 0 else LOOKED_AT
+        asked = trainer.max_epochs or -1
+        epochs = min(LOOKED_AT, asked) if asked > 0 else LOOKED_AT
+        overfit = trainer.overfit_batches  # type: ignore[attr-defined]
         take_part, train = set[Party](), set[Party]()
         for epoch in range(epochs if limited else 0):
-            steps = self.schedule.steps(0 if trainer.overfit_batches else epoch, self._in_order)
+            steps = self.schedule.steps(0 if overfit else epoch, self._in_order)
             take_part |= {taker for step in steps for taker in step.batches}
             steps = steps[: int(min(trainer.num_training_batches, left))]
             train |= {taker for step in steps for taker in step.batches}
