@@ -162,9 +162,14 @@ NEEDS = {
 }
 
 
+EXTRAS = ("mlflow", "wandb")
+
+
 @pytest.mark.usefixtures("few_cifar")
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{group}={option}" for group, option in OPTIONS])
 def test_every_option_of_every_group_trains(group, option, configure, idx_root, picture_root, monkeypatch):
+    if option in EXTRAS:  # `pip install -e '.[loggers]'`
+        pytest.importorskip(option)
     monkeypatch.setenv("SPLITLEARN_DATA", str(picture_root if option == "image_folder" else idx_root))
     few = ("trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.enable_checkpointing=false")
     logger = [] if group == "logger" else ["logger=none"]

@@ -89,7 +89,8 @@ class Watch(Callback):
             return
         if not learner.network.complete or learner.network.sample.keys() - self.fields.keys():
             return  # this party alone cannot run it all
-        fields = {name: field.to(learner.device) for name, field in self.fields.items()}
+        rows = trainer.precision_plugin.convert_input(self.fields)
+        fields = {name: field.to(learner.device) for name, field in rows.items()}
         with trainer.precision_plugin.forward_context():
             tape, _ = learner.network.look(fields)
         crossed = {f"{hop.sender}->{hop.receiver}": hop.received.float().cpu() for hop in tape}
