@@ -82,12 +82,13 @@ def test_tables_are_told_apart_by_columns_and_classes(tmp_path):
     rows = [f"{i},{2 * i},{('ill', 'well')[i % 2]}" for i in range(10)]
     first = read("age,weight,diagnosis", *rows)
     assert list(first) == ["classes", "columns", "number of rows", LABELS, ROWS, ORDER]
-    assert first["classes"], first["columns"] == ("ill, well", "age, weight")
+    assert (first["classes"], first["columns"]) == ("ill, well", "age, weight")
     shuffled = read("age,weight,diagnosis", *rows[::-1])
     assert {what for what in first if first[what] != shuffled[what]} == {LABELS, ORDER}
 
 
 @pytest.mark.parametrize("x", [X + 1, X.flip(0)])
 def test_a_checkpoint_is_of_other_data_where_they_are_as_long(x):
-    ours, theirs = (SplitData(Source(TensorDataset(rows, Y), None, 3)).kind for rows in (X, x))
-    assert ours != theirs
+    ours, theirs = (SplitData(Source(TensorDataset(rows, Y), None, 3)) for rows in (X, x))
+    assert ours.kind != theirs.kind
+    assert {key for key, value in ours.settings.items() if value != theirs.settings[key]} == {"data.rows"}

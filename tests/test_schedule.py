@@ -8,10 +8,12 @@ a a A          a a   A |         a a A           a a a a a A
 """
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from splitlearn.data.loader import TurnLoader
 from splitlearn.layout import extended_vanilla, multi_hop, two_party, u_shaped, vertical, whole
 from splitlearn.schedules.aggregation import Average, MeanGradient
 from splitlearn.schedules.schedule import Schedule
@@ -248,3 +250,30 @@ def test_where_there_is_no_bob_he_shares_nothing():
     )
     with refused(error):
         Schedule(TAKERS, Average(), Average()).check(whole(BLOCKS))
+
+
+@pytest.mark.parametrize(
+    ("limits", "asked", "idle"),
+    [
+        ({}, {}, []),
+        ({"limit_train_batches": 3}, {}, ["alice1", "alice2"]),
+        ({"limit_train_batches": 0.5}, {}, ["alice2"]),
+        ({"limit_train_batches": 1}, {}, ["alice1", "alice2"]),  # a number of mini-batches, not the whole
+        ({"limit_train_batches": 3}, {"order": "cyclic"}, []),
+        ({"limit_train_batches": 3, "max_epochs": 2}, {"order": "cyclic"}, ["alice2"]),
+        ({"limit_train_batches": 3, "overfit_batches": 3}, {"order": "cyclic"}, ["alice1", "alice2"]),
+        ({"limit_train_batches": 3}, {"turn": 1}, []),
+        ({"limit_train_batches": 3}, {"turn": "step", "alice": MeanGradient()}, []),
+        ({"max_steps": 4}, {}, ["alice1", "alice2"]),
+        ({"max_steps": 13, "max_epochs": None}, {}, []),
+    ],
+)
+def test_who_never_trains_behind_a_limit_is_known(limits, asked, idle):
+    schedule, rows = Schedule(TAKERS[:3], **asked), torch.arange(48)
+    length = len(schedule.steps(0, lambda taker, _: rows[:16].split(4)))
+    limit = limits.get("limit_train_batches", 1.0)
+    num = min(limit, length) if isinstance(limit, int) else int(limit * length)
+    fixed = {"max_steps": -1, "max_epochs": 3, "limit_train_batches": 1.0, "overfit_batches": 0.0}
+    trainer = SimpleNamespace(**{**fixed, **limits}, num_training_batches=num)
+    shards = dict(zip(TAKERS[:3], rows.split(16), strict=True))
+    assert TurnLoader(rows, shards, schedule, SimpleNamespace(trainer=trainer), batch_size=4).idle() == idle

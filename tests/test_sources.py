@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset, TensorDataset
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST
 
-from splitlearn.data import Source
+from splitlearn.data import Source, SplitData
 from splitlearn.data.rows import Normalise, Streamed, load
 from splitlearn.data.sources import cifar10, cifar100, datasets, digits, fashion_mnist, image_folder, mnist
 from splitlearn.errors import InputError
@@ -323,6 +323,12 @@ def test_num_classes_may_be_given():
     [
         (Own([PAIR]), None, None, ["`train` (=Own) has no .classes and no .targets", "give num_classes"]),
         (Own([PAIR]), None, 1, ["`num_classes` (=1) must be at least 2"]),
+        (
+            Own([PAIR], targets=range(30)),
+            None,
+            None,
+            ["`train.targets` hold 30 different values in 30 rows", "no classes"],
+        ),
         (Own([]), None, 2, ["`train` (=Own) has 0 samples", "at least one"]),
         (Own([PAIR]), Own([]), 2, ["`test` (=Own) has 0 samples"]),
         (Stream(), None, 2, ["`train` (=Stream) must have __getitem__ and __len__", "TensorDataset first"]),
@@ -380,6 +386,24 @@ def test_labels_of_one_column_equal_flat_ones():
         assert load(rows)[1].tolist() == [0, 2, 1]
     with refuses(ValueError, "labels have shape [3, 2]", "[N] or [N, 1]"):
         load(TensorDataset(x, torch.zeros(3, 2)))
+    column = Own([(a, int(b)) for a, b in zip(x, y, strict=True)], targets=y[:, None])
+    shards = SplitData(Source(column, None, 3), in_memory=False, test_fraction=0.4, val_fraction=0).labels
+    assert shards.tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "part", [TensorDataset(torch.zeros(2, 1), torch.tensor([0.5, 1.0])), Own([PAIR, (PAIR[0], 0.5)])]
+)
+def test_labels_that_are_no_whole_numbers_are_not_cut_to_some(part):
+    with refuses(InputError, "labels are torch.float", "whole numbers that count classes"):
+        load(part)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_label_out_of_range_is_one_line_when_streamed_too(num_workers):
+    stream = Streamed(Own([PAIR, (PAIR[0], 7)]), Normalise(), num_workers, num_classes=2)
+    with pytest.raises(InputError, match=r"^labels run from 1 to 7, outside 0..1: number classes from 0[^\n]*$"):
+        next(stream.stream([torch.arange(2)], torch.device("cpu")))
 
 
 def test_rows_of_unequal_shape_are_named():

@@ -47,8 +47,22 @@ def test_owners_of_named_columns_get_theirs(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "FILE, line 1: the header () must name two columns or more, all different"),
-        ("a,a,diagnosis\n", "FILE, line 1: the header (a,a,diagnosis) must name two columns or more, all different"),
+        ("", "FILE, line 1: the header () must name two columns or more"),
+        ("a,a,diagnosis\n", "FILE, line 1: column a comes twice in the header; each must have a name of its own"),
+        (
+            ",age,diagnosis\n0,1,ill\n",
+            "FILE, line 1: column 1 of 3 in the header has no name; name it, or leave it out",
+        ),
+        ("age,diagnosis,\n1,ill,\n", "FILE, line 1: column 3 of 3 in the header has no name"),
+        (
+            'age,diagnosis\n"1,5",ill\n',
+            "FILE, line 2: `1,5` is not a number of float32, in column age: numbers are written with a point; mend it",
+        ),
+        ("age,diagnosis\n1,kr\ufffdnk\n", "FILE, line 2: U+FFFD, which stands for a lost character, is no text"),
+        (
+            "age,diagnosis\n" + "".join(f"{i},{i % 24 / 10}\n" for i in range(96)),
+            "FILE: column diagnosis has 24 different values in 96 rows, which are no classes: name another",
+        ),
         ("age,illness\n1,ill\n", "`data.label` (=diagnosis) must be a column of FILE: age, illness"),
         ("age,diagnosis\n", "FILE has no line below its header: it must have at least one row"),
         ("age,diagnosis\n\n1,ill,2\n", "FILE, line 3: 3 fields, but the header has 2; mend the line"),
@@ -61,13 +75,14 @@ def test_owners_of_named_columns_get_theirs(tmp_path):
         ("age,diagnosis\n1_000,ill\n", "FILE, line 2: `1_000` is not a number of float32, in column age"),
         ("age,diagnosis\n\u0661\u0662,ill\n", "FILE, line 2: `\u0661\u0662` is not a number"),
         ("age,diagnosis\ninf,ill\n", "FILE, line 2: `inf` is not a number"),
-        ("age,diagnosis\n1,i\0ll\n", "FILE, line 2: a NUL is no text; remove it"),
+        ("age,diagnosis\n1,i\0ll\n", "FILE, line 2: a NUL is no text; mend it"),
         ('age,diagnosis\n1,"ill\n2,well\n', "FILE, line 3: unexpected end of data; mend or remove the line"),
         (
             "age;diagnosis\n1;ill\n",
-            "FILE, line 1: the header (age;diagnosis) must name two columns or more, all different; it seems to be "
+            "FILE, line 1: the header (age;diagnosis) must name two columns or more; it seems to be "
             "separated by ';': say 'data.delimiter=\";\"'",
         ),
+        ("age|diagnosis\n1|ill\n", "FILE, line 1: the header (age|diagnosis) must name two columns or more; it seems"),
         ("age\tdiagnosis\n1\till\n", "FILE, line 1: the header (age\tdiagnosis) must name two columns or more"),
         (
             "age,diagnosis\n" + "".join(f"1,{i / 3}\n" for i in range(30)),
@@ -100,6 +115,8 @@ def test_a_test_file_that_does_not_fit_is_refused(tmp_path, text, message):
 def test_a_missing_file_is_named(tmp_path):
     with refuses(f"`data.root` (={tmp_path / 'no.csv'}) is not a file: name a CSV with a header", FileNotFoundError):
         table(tmp_path / "no.csv", "diagnosis")
+    with refuses(f"`data.source.test_path` (={tmp_path / 'no.csv'}) is not a file", FileNotFoundError):
+        table(write(tmp_path, PATIENTS), "diagnosis", tmp_path / "no.csv")
 
 
 def test_text_of_another_encoding_is_refused_and_read_when_named(tmp_path):
@@ -111,9 +128,9 @@ def test_text_of_another_encoding_is_refused_and_read_when_named(tmp_path):
     with refuses("`data.encoding` (=latin-nonsense): unknown encoding"):
         table(path, "diagnosis", encoding="latin-nonsense")
     named = table(path, "diagnosis", encoding="cp1252").classes
-    for encoding in ("utf-8", "utf-8-sig"):
+    for encoding, name in (("utf-8", "utf-8"), ("utf-8-sig", "utf-8"), ("utf-8-sig", "U8"), ("utf-16", "utf-16")):
         path.write_bytes(text.encode(encoding))
-        assert table(path, "diagnosis").classes == named == ["gesund", "kränk", "krönk"]
+        assert table(path, "diagnosis", encoding=name).classes == named == ["gesund", "kränk", "krönk"]
 
 
 def test_other_delimiters_and_columns_called_by_numbers(tmp_path):
@@ -124,6 +141,10 @@ def test_other_delimiters_and_columns_called_by_numbers(tmp_path):
     assert torch.equal(found.train.tensors[0], expected.train.tensors[0])
     tabs = write(tmp_path, "1\t2\t3\n5\till\t7\n6\twell\t8\n", "tabs.csv")
     assert all(table(tabs, 2, delimiter=tab)[3:] == expected[3:] for tab in ("\t", "\\t"))
+    with refuses(
+        f"{tabs}, line 1: the header (1\t2\t3) must name two columns or more; it seems to be separated by '\\t'"
+    ):
+        table(tabs, 2, delimiter=";")
     with refuses("`data.delimiter` (=';;') must be one character"):
         table(path, 2, delimiter=";;")
 
@@ -158,6 +179,7 @@ def test_columns_that_cannot_be_chosen_are_refused(tmp_path, chosen, message):
 
 def test_a_running_id_is_warned_of_by_name(tmp_path):
     path = write(tmp_path, "no,age,diagnosis\n" + "".join(f"{i},{i % 9},{i % 2}\n" for i in range(30)))
-    with pytest.warns(UserWarning, match="column no has whole numbers, all different, as an id has"):
+    said = "column no has whole numbers, all different, as an id has, .*: leave it out by `data.drop` if it is one"
+    with pytest.warns(UserWarning, match=said):
         table(path, "diagnosis")
     table(path, "diagnosis", drop=["no"])

@@ -432,6 +432,13 @@ def test_lightnings_own_switches_work(override, epochs, configure, tmp_path):
     assert any(tmp_path.glob("run/checkpoints/epoch*.ckpt")) is not unsaved
 
 
+def test_who_will_not_train_is_warned_of_by_name(configure):
+    with pytest.warns(
+        UserWarning, match=r"^alice1, alice2 will not train, since the trainer's limits come before their"
+    ):
+        train(configure(*QUICK, "num_alices=3"))
+
+
 def test_a_relative_root_is_that_of_the_folder_one_stands_in(configure, idx_root, monkeypatch):
     monkeypatch.chdir(idx_root.parent)
     assert len(build(configure("data=mnist", f"data.root={idx_root.name}", "data.download=false")).data.rows) == 200

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from splitlearn.data.rows import Fields, Rows
@@ -15,6 +17,8 @@ from splitlearn.network import Batch
 from splitlearn.schedules.schedule import Schedule, Step
 from splitlearn.seeds import derive
 from splitlearn.training.pace import Ahead, Pace, Stretch
+
+LOOKED_AT = 100  # epochs, to see who never has a turn
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -56,6 +60,11 @@ class TurnLoader:
         return self._length
 
     def __iter__(self) -> Iterator[Stretch[Turns]]:
+        if self.pace.trainer.global_step == 0 and (idle := self.idle()):
+            cure = "raise `trainer.limit_train_batches`, `overfit_batches` or `max_steps`, or take schedule.turn=1"
+            rank_zero_warn(
+                f"{', '.join(idle)} will not train, since the trainer's limits come before their turn: {cure}"
+            )
         self.pace.ahead = steps = Ahead(self._turns(self.pace.trainer.current_epoch, self.pace.done))
         try:
             while length := self.pace.next_length():
@@ -66,6 +75,25 @@ class TurnLoader:
     def steps(self, epoch: int) -> list[Step]:
         """Return the steps of an epoch as row indices: each pass over a shard in its own order, every row once."""
         return self.schedule.steps(epoch, self._batches)
+
+    def idle(self) -> list[Party]:
+        """Return who takes part, but has no mini-batch before the trainer's limits end each of the epochs."""
+        trainer = self.pace.trainer
+        left = math.inf if trainer.max_steps == -1 else trainer.max_steps
+        limited = left < math.inf or trainer.limit_train_batches != 1.0 or isinstance(trainer.limit_train_batches, int)
+        asked = trainer.max_epochs or -1
+        epochs = min(LOOKED_AT, asked) if asked > 0 else LOOKED_AT
+        overfit = trainer.overfit_batches  # type: ignore[attr-defined]
+        take_part, train = set[Party](), set[Party]()
+        for epoch in range(epochs if limited else 0):
+            steps = self.schedule.steps(0 if overfit else epoch, self._in_order)
+            take_part |= {taker for step in steps for taker in step.batches}
+            steps = steps[: int(min(trainer.num_training_batches, left))]
+            train |= {taker for step in steps for taker in step.batches}
+            left -= len(steps)
+            if left <= 0 or len(train) == len(self.shards):
+                break
+        return [taker for taker in self.shards if taker in take_part - train]
 
     # Lightning asks for these two before it believes that a loader can go on in mid-epoch.
     def state_dict(self) -> dict[str, Any]:
@@ -91,7 +119,10 @@ class TurnLoader:
     @cached_property
     def _length(self) -> int:
         """The same for all epochs; where it depends on who takes part, Lightning asks for a loader anew each epoch."""
-        return len(self.schedule.steps(self.pace.epoch, lambda taker, _: self.shards[taker].split(self.batch_size)))
+        return len(self.schedule.steps(self.pace.epoch, self._in_order))
+
+    def _in_order(self, taker: Party, number: int) -> Sequence[Tensor]:
+        return self.shards[taker].split(self.batch_size)
 
     def _batches(self, taker: Party, number: int) -> Sequence[Tensor]:
         shard = self.shards[taker]

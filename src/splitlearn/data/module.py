@@ -17,7 +17,18 @@ from splitlearn.data.loader import Augment, EvalLoader, TurnLoader
 from splitlearn.data.own_table import Part, require
 from splitlearn.data.partition import all_rows, iid
 from splitlearn.data.partition import columns as deal_columns
-from splitlearn.data.rows import Fields, InMemory, Normalise, Rows, Streamed, as_labels, in_dtype, load, moments
+from splitlearn.data.rows import (
+    Fields,
+    InMemory,
+    Normalise,
+    Rows,
+    Streamed,
+    as_labels,
+    check_range,
+    in_dtype,
+    load,
+    moments,
+)
 from splitlearn.data.sources import Source
 from splitlearn.errors import InputError
 from splitlearn.layout import Layout, Party, Role, whole
@@ -92,8 +103,9 @@ class SplitData(pl.LightningDataModule):
         self.columns = _columns(source, num_columns, columns)
         self.normalised = {"data.mean": mean, "data.std": std}
         prepare = Normalise(mean, std, self.columns)
-        self.rows = _rows(source.train, prepare, in_memory, num_workers)
-        self.test_rows = self.rows if source.test is None else _rows(source.test, prepare, in_memory, num_workers)
+        held = (prepare, in_memory, num_workers, source.num_classes)
+        self.rows = _rows(source.train, *held)
+        self.test_rows = self.rows if source.test is None else _rows(source.test, *held)
         self.test_ids = test_ids if source.test is None else torch.arange(len(self.test_rows))
         self.labels = _labels(self.rows, source.train, source.num_classes)
         _check_partition(partition, num_columns)
@@ -207,11 +219,11 @@ def _alike(source: Source) -> dict[str, str]:
     return told
 
 
-def _rows(dataset: Dataset, prepare: Normalise, in_memory: bool | None, num_workers: int) -> Rows:
+def _rows(dataset: Dataset, prepare: Normalise, in_memory: bool | None, num_workers: int, num_classes: int) -> Rows:
     if in_memory is None:
         x = dataset[0][0]
         in_memory = 4 * torch.as_tensor(x).numel() * len(dataset) <= FITS_IN_MEMORY  # type: ignore[arg-type]
-    return InMemory(*load(dataset), prepare) if in_memory else Streamed(dataset, prepare, num_workers)
+    return InMemory(*load(dataset), prepare) if in_memory else Streamed(dataset, prepare, num_workers, num_classes)
 
 
 def _moments(dataset: Dataset, ids: Tensor, mean: object) -> tuple[list[float], list[float]]:
@@ -251,11 +263,7 @@ def _labels(rows: Rows, dataset: Dataset, num_classes: int) -> Tensor:
         labels = as_labels(torch.as_tensor(dataset.targets))
     else:
         return torch.full((len(rows),), -1)
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise ValueError(
-            f"labels run from {int(labels.min())} to {int(labels.max())}, outside 0..{num_classes - 1}: "
-            "number classes from 0, or give the right `num_classes`"
-        )
+    check_range(labels, num_classes)
     return labels
 
 

@@ -76,7 +76,8 @@ def own_table(
     x, y = tensor([rows[name].x for name in ids]), tensor([rows[name].y for name in ids])
     file = blake2b(path.read_bytes(), digest_size=8).hexdigest()
     train = Part(x, y, ids, lacks, [name for name in features if name in header], file)
-    warn_of_ids(path, features, x.T.tolist())  # NaN, of a column that is not there, is no whole number
+    values = zip(*(rows[name].x for name in ids), strict=True)  # NaN, of a column that is not there, is no whole number
+    warn_of_ids(path, features, values, "data.source.features")
     return Source(train, None, len(classes), features, classes)
 
 
@@ -141,8 +142,8 @@ def _check(features: Sequence[str], label: str, classes: Sequence[str], id: str)
 
 
 def _check_header(where: str, header: Sequence[str], known: Sequence[str]) -> None:
-    if known[0] not in header or len(set(header)) < len(header):
-        rule = f"must have a column {known[0]}, by which rows are matched, and each column once: see `data.source.id`"
+    if known[0] not in header:
+        rule = f"must have a column {known[0]}, by which rows are matched: see `data.source.id`"
         raise ValueError(f"{where}: the header ({','.join(header)}) {rule}{other_delimiter(header, 'data')}")
     if odd := [name for name in header if name not in known]:
         rule = f"is none of {', '.join(known)}; remove it, or add it to `data.source.features` at every party"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -101,7 +102,10 @@ class InMemory:
 class Streamed:
     """Rows read from a `torch.utils.data.Dataset` by the workers of a DataLoader, for data larger than memory."""
 
-    def __init__(self, dataset: Dataset, prepare: Prepare, num_workers: int = 0) -> None:
+    def __init__(
+        self, dataset: Dataset, prepare: Prepare, num_workers: int = 0, num_classes: int | None = None
+    ) -> None:
+        self.num_classes = num_classes  # by which labels are checked when they are read
         self.dataset, self.prepare, self.num_workers = dataset, prepare, num_workers
         self.names: Collection[str] | None = None  # None: all
         self.dtype = torch.float32
@@ -126,7 +130,7 @@ class Streamed:
             self.dataset,
             batch_sampler=[rows.tolist() for rows, wants in zip(batches, wanted, strict=True) if wants],
             num_workers=self.num_workers,
-            collate_fn=_collate,
+            collate_fn=partial(_collate, num_classes=self.num_classes),
             multiprocessing_context=multiprocessing.get_all_start_methods()[0] if self.num_workers else None,
             pin_memory=device.type == "cuda",
         )
@@ -162,15 +166,29 @@ def _alike(xs: list[Tensor]) -> list[Tensor]:
     return xs
 
 
-def _collate(items: list[tuple[Any, Any]]) -> Any:
+def _collate(items: list[tuple[Any, Any]], num_classes: int | None) -> Any:
     _alike([torch.as_tensor(x) for x, _ in items])
-    return default_collate(items)
+    x, y = default_collate(items)
+    if num_classes is not None:
+        check_range(as_labels(y), num_classes)
+    return x, y
+
+
+def check_range(labels: Tensor, num_classes: int) -> None:
+    """Raises InputError unless labels [N] lie in 0..num_classes-1."""
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise InputError(
+            f"labels run from {int(labels.min())} to {int(labels.max())}, outside 0..{num_classes - 1}: "
+            "number classes from 0, or give the right `num_classes`"
+        )
 
 
 def as_labels(y: Tensor) -> Tensor:
-    """Return labels [N] int64 of [N] or [N, 1]; ValueError for others."""
+    """Return labels [N] int64 of [N] or [N, 1]; InputError for others, and for those that are no whole numbers."""
     if y.ndim != 1 and (y.ndim != 2 or y.shape[1] != 1):
-        raise ValueError(f"labels have shape {list(y.shape)}: they must be one whole number a row, [N] or [N, 1]")
+        raise InputError(f"labels have shape {list(y.shape)}: they must be one whole number a row, [N] or [N, 1]")
+    if y.is_floating_point() or y.is_complex():
+        raise InputError(f"labels are {y.dtype}: they must be whole numbers that count classes, e.g. by `.long()`")
     return y.flatten().long()
 
 

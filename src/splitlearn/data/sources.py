@@ -28,6 +28,7 @@ from splitlearn.errors import InputError
 Torchvision = type[MNIST] | type[CIFAR10]
 ELSEWHERE = "name a folder that has them in data.root or SPLITLEARN_DATA, or take data=digits, which needs no files"
 SYSTEM = {"__MACOSX", "System Volume Information", "$RECYCLE.BIN", "@eaDir", "lost+found", "Thumbs.db"}
+FEW = 20  # rows or classes among which all may well be different
 AGAIN = "delete it and fetch it again with data.download=true"
 
 
@@ -94,9 +95,8 @@ def image_folder(root: str | Path, image_size: int | None = None) -> Source:
         raise ValueError(f"`data.image_size` (={image_size}) must be at least 1 pixel, or null to keep pictures' own")
     if not root.is_dir():
         raise FileNotFoundError(f"`data.root` (={root}) is not a folder: name the one that holds the class folders")
-    split = (root / "train").is_dir() and bool(
-        _class_folders(root / "train")
-    )  # else train may be a class, beside bus and car
+    # Without class folders in it train may be a class itself, beside bus and car.
+    split = (root / "train").is_dir() and bool(_class_folders(root / "train"))
     train = _pictures(root / "train" if split else root, image_size)
     test = _pictures(root / "test", image_size) if split and (root / "test").is_dir() else None
     if split and test is None and (root / "val").is_dir():
@@ -274,9 +274,18 @@ def _require_samples(name: str, dataset: Any) -> None:
         raise ValueError(f"{kind} gives x as {type(x).__name__}, not as a tensor: give it transform=PILToTensor(), say")
 
 
+def too_many(num_values: int, num_rows: int) -> bool:
+    """Whether so many different labels in so many rows are measurements or names, and no classes."""
+    return num_values > FEW and 2 * num_values > num_rows
+
+
 def _count_classes(dataset: Any) -> int:
     if hasattr(dataset, "classes"):
         return len(dataset.classes)
     if hasattr(dataset, "targets"):
-        return int(torch.as_tensor(dataset.targets).max()) + 1
+        targets = torch.as_tensor(dataset.targets)
+        if too_many(len(targets.unique()), len(targets)):
+            rule = f"{len(targets.unique())} different values in {len(targets)} rows, which are no classes"
+            raise ValueError(f"`train.targets` hold {rule}: sort them into classes, or give num_classes")
+        return int(targets.max()) + 1
     raise ValueError(f"`train` (={type(dataset).__name__}) has no .classes and no .targets to count: give num_classes")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch.utils.data import TensorDataset
 
-from splitlearn.data.csv_file import lines_of, number, other_delimiter
-from splitlearn.data.sources import Source
-
-FEW = 20  # rows or classes among which all may well be different
+from splitlearn.data.csv_file import NUMBER, lines_of, number, other_delimiter
+from splitlearn.data.sources import FEW, Source, too_many
 
 
 def table(
@@ -36,17 +34,17 @@ def table(
     """
     path, label = Path(path).expanduser(), str(label)
 
-    def read(path: Path) -> tuple[list[str], list[list[float]], list[str]]:
-        return _read(path, label, features, drop, encoding, delimiter)
+    def read(path: Path, key: str) -> tuple[list[str], list[list[float]], list[str]]:
+        return _read(lines_of(path, "data", key, encoding, delimiter), path, label, features, drop)
 
-    names, x, labels = read(path)
+    names, x, labels = read(path, "root")
     classes = sorted(set(labels))
     _check_classes(path, label, classes, len(labels))
     train = _dataset(x, labels, classes)
-    warn_of_ids(path, names, zip(*x, strict=True))
+    warn_of_ids(path, names, zip(*x, strict=True), "data.drop")
     if test_path is None:
         return Source(train, None, len(classes), names, classes)
-    test_names, x, labels = read(Path(test_path).expanduser())
+    test_names, x, labels = read(Path(test_path).expanduser(), "source.test_path")
     if test_names != names:
         raise ValueError(f"{test_path} must have the columns of {path}, {', '.join(names)}, in the same order")
     if odd := sorted(set(labels) - set(classes)):
@@ -54,18 +52,19 @@ def table(
     return Source(train, _dataset(x, labels, classes), len(classes), names, classes)
 
 
-def warn_of_ids(path: Path, names: Sequence[str], columns: Iterable[Sequence[float]]) -> None:
+def warn_of_ids(path: Path, names: Sequence[str], columns: Iterable[Sequence[float]], key: str) -> None:
     """Warn of columns whose values are whole numbers, all different, as a running number of rows is."""
     for name, values in zip(names, columns, strict=True):
         if len(values) > FEW and len(set(values)) == len(values) and all(value.is_integer() for value in values):
             rule = "has whole numbers, all different, as an id has, by which rows would be learnt by heart"
-            warnings.warn(f"{path}: column {name} {rule}: leave it out if it is one", stacklevel=3)
+            warnings.warn(f"{path}: column {name} {rule}: leave it out by `{key}` if it is one", stacklevel=3)
 
 
 def _check_classes(path: Path, label: str, classes: Sequence[str], num_rows: int) -> None:
     if len(classes) < 2:
         raise ValueError(f"{path}: column {label} must hold two labels or more, not only {classes[0]}")
-    if len(classes) > FEW and 2 * len(classes) > num_rows:
+    measured = all(map(NUMBER.fullmatch, classes)) and not all(float(name).is_integer() for name in classes)
+    if too_many(len(classes), num_rows) or (measured and len(classes) > FEW):
         rule = f"has {len(classes)} different values in {num_rows} rows, which are no classes"
         raise ValueError(
             f"{path}: column {label} {rule}: name another in `data.label`, or sort its values into classes"
@@ -78,13 +77,12 @@ def _dataset(x: list[list[float]], labels: list[str], classes: list[str]) -> Ten
 
 
 def _read(
-    path: Path, label: str, features: Sequence[str] | None, drop: Sequence[str], encoding: str, delimiter: str
+    rows: Iterator[tuple[str, list[str]]], path: Path, label: str, features: Sequence[str] | None, drop: Sequence[str]
 ) -> tuple[list[str], list[list[float]], list[str]]:
     """Return the names of the columns, their values [N][C], and the labels [N]."""
-    rows = lines_of(path, "data", "root", encoding, delimiter)
     where, header = next(rows)
-    if len(header) < 2 or len(set(header)) < len(header):
-        rule = "must name two columns or more, all different"
+    if len(header) < 2:
+        rule = "must name two columns or more"
         raise ValueError(f"{where}: the header ({','.join(header)}) {rule}{other_delimiter(header, 'data')}")
     if label not in header:
         raise ValueError(f"`data.label` (={label}) must be a column of {path}: {', '.join(header)}")
