@@ -3,11 +3,17 @@
 import json
 import os
 import signal
+import socket
+import sys
+import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from subprocess import Popen
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -21,6 +27,7 @@ from splitlearn.data import Source
 from splitlearn.federation.wiring import GlooWiring, NcclWiring
 from splitlearn.train import train
 
+HERE = str(Path(__file__).parent)
 TINY = (
     *("model=custom", "model._target_=federated.tiny", "optimizer=adam", "optimizer.lr=0.01"),
     *("data=digits", "data.source._target_=federated.source"),
@@ -102,6 +109,62 @@ def weights_of(folder: Path, parties: Sequence[str] = ()) -> dict[str, Tensor]:
     folders = [folder / party for party in parties] or [folder]
     states = [torch.load(f / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for f in folders]
     return {name: value for state in states for name, value in state.items()}
+
+
+@contextmanager
+def started(folder: Path, *overrides: str) -> Iterator[Callable[..., Popen]]:
+    """A function that starts the command of a party of a tiny run, which says in `folder`/PARTY.log what it says."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    common = [*TINY, "engine=processes", *overrides]
+    running: list[Popen] = []
+
+    def start(party: str, *own: str) -> Popen:
+        where = [f"engine.address={address}", f"engine.party={party}", f"hydra.run.dir={folder}/{party}"]
+        with (folder / f"{party}.log").open("a") as log:
+            running.append(launched(*common, *own, *where, stdout=log, stderr=log))
+        return running[-1]
+
+    try:
+        yield start
+    finally:
+        for process in running:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def launched(*overrides: str, **streams: Any) -> Popen:
+    """The command line, in a session of its own."""
+    command = [sys.executable, "-m", "splitlearn.train", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([HERE, *sys.path])}
+    return Popen([*command, *overrides], env=environment, start_new_session=True, text=True, **streams)
+
+
+def until(so: Callable[[], object], within: float = 60) -> None:
+    deadline = time.monotonic() + within
+    while not so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def says(log: Path, text: str, times: int = 1) -> None:
+    """Wait until a party has said `text`."""
+    until(lambda: log.exists() and log.read_text().count(text) >= times)
+
+
+class Slow(Callback):
+    """Waits behind every mini-batch."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_end(self, *_: object) -> None:
+        time.sleep(self.seconds)
+
+
+def slowed(seconds: float) -> list[str]:
+    return [f"+callbacks.slow={{_target_: federated.Slow, seconds: {seconds}}}"]
 
 
 class LikeNccl:

@@ -1,14 +1,30 @@
 """A party dies: the others notice, nothing is lost, and the run ends as `engine.on_failure` says."""
 
 import json
+import os
+import re
+import signal
 import time
 from itertools import product
 from random import Random
+from subprocess import PIPE
 
 import pytest
-from federated import killer, run_tiny, weights_of
+from federated import (
+    TINY,
+    killer,
+    launched,
+    results_of,
+    run_tiny,
+    says,
+    slowed,
+    started,
+    until,
+    weights_of,
+)
 from helpers import differences
 
+from splitlearn.certificates import make_certificates
 from splitlearn.errors import InputError
 from splitlearn.federation.processes import PartyLostError
 
@@ -88,7 +104,7 @@ def test_skip_goes_on_without_her(schedule, configure, tmp_path):
 
 def test_nobody_but_an_alice_can_be_skipped(configure, tmp_path):
     asked = ["num_alices=2", "engine=processes", "engine.on_failure=skip", *killer("bob", 3, tmp_path)]
-    with pytest.raises(PartyLostError, match=r"bob was lost .* only Alices who are not the hub can be skipped"):
+    with pytest.raises(PartyLostError, match=r"bob was lost .* Only Alices who are not the hub can be skipped"):
         run_tiny(configure, tmp_path / "run", *asked)
 
 
@@ -126,3 +142,81 @@ def test_who_evaluates_when_the_last_is_skipped_is_who_had_it_before(configure, 
     assert "alice1->bob" in left["evaluation_bytes"]
     assert "alice0->bob" in left["evaluation_bytes"]  # as judged behind her own turn
     assert left["evaluation_bytes"]["alice1->bob"]["activation"] > left["evaluation_bytes"]["alice0->bob"]["activation"]
+
+
+def kill(process) -> None:
+    """The command of a party and the process that plays it, as a host that loses power."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wire", ["gloo", "grpc"])
+def test_wait_holds_from_the_first_greeting_on(wire, configure, tmp_path):
+    """alice0 dies while alice1 is awaited and comes again, then Bob does."""
+    make_certificates(["bob", "alice0", "alice1"], tmp_path / "certificates")
+    secure = lambda party: [f"wire.certificates={tmp_path}/certificates/{party}"] if wire == "grpc" else []  # noqa: E731
+    asked = ["num_alices=2", f"wire={wire}", "engine.on_failure=wait", "engine.timeout=5", "engine.join_timeout=200"]
+    with started(tmp_path, *asked) as start:
+        bob, alice0 = start("bob", *secure("bob")), start("alice0", *secure("alice0"))
+        says(tmp_path / "bob.log", "alice0 has come")
+        kill(alice0)
+        says(tmp_path / "bob.log", "alice0 has gone again")
+        alice0 = start("alice0", *secure("alice0"))
+        says(tmp_path / "bob.log", "alice0 has come", 2)
+        kill(bob)
+        says(tmp_path / "alice0.log", "tries again")
+        running = [alice0, start("bob", *secure("bob")), start("alice1", *secure("alice1"))]
+        assert [process.wait(120) for process in running] == [0, 0, 0], (tmp_path / "alice0.log").read_text()
+    whole = run_tiny(configure, tmp_path / "whole", "num_alices=2")
+    assert results_of(tmp_path / "alice0") == whole
+
+
+SIGNALS = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM", "SIGHUP": "SIGHUP"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wire", "party", "by"),
+    [("gloo", "alice0", "SIGINT"), ("grpc", "bob", "SIGTERM"), ("grpc", "alice1", "SIGHUP"), ("gloo", "bob", "SIGINT")],
+)
+def test_a_signal_ends_all_and_all_say_who_was_stopped(wire, party, by, configure, tmp_path):
+    tls = ["wire.tls=off"] if wire == "grpc" else []
+    asked = ["num_alices=2", f"wire={wire}", *tls, "trainer.max_epochs=3"]
+    slow = [*asked, *slowed(0.2), "engine.save_every_n_steps=4", "engine.timeout=5"]
+    parties = ("bob", "alice0", "alice1")
+    with started(tmp_path, *slow) as start:
+        running = {one: start(one) for one in parties}
+        until(lambda: [*tmp_path.glob("*/*/snapshots/*.common")])
+        os.kill(running[party].pid, signal.Signals[by])
+        codes = {one: process.wait(30) for one, process in running.items()}
+    assert codes == {**dict.fromkeys(parties, 1), party: 128 + signal.Signals[by]}
+    for one in parties:
+        log = (tmp_path / f"{one}.log").read_text()
+        assert "Traceback" not in log
+        told = re.findall(
+            rf"splitlearn: {party} was stopped by {SIGNALS[by]} at about mini-batch \d+. To go on fro.*", log
+        )
+        assert len(told) == 1, log
+        assert re.search(rf"from mini-batch (4|8|12), the newest snapshot of all, .* ckpt={tmp_path}/{one}$", told[0])
+    (tmp_path / "again").mkdir()
+    with started(tmp_path / "again", *asked) as start:
+        again = [start(one, f"ckpt={tmp_path}/{one}") for one in parties]
+        assert [process.wait(60) for process in again] == [0, 0, 0]
+    assert results_of(tmp_path / "again" / "bob") == run_tiny(configure, tmp_path / "whole", *asked[:1], asked[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["simulated", "processes"])
+@pytest.mark.parametrize("by", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_one_command_for_all_ends_by_a_signal_in_one_line(engine, by, tmp_path):
+    asked = [*TINY, "num_alices=2", *slowed(0.1), f"engine={engine}", f"hydra.run.dir={tmp_path}/run"]
+    often = ["engine.save_every_n_steps=4"] if engine == "processes" else []
+    process = launched(*asked, *often, stderr=PIPE)
+    until(lambda: [*tmp_path.glob("run/bob/snapshots/*.common"), *tmp_path.glob("run/checkpoints/*.ckpt")])
+    process.send_signal(signal.Signals[by])
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.Signals[by]
+    assert "Traceback" not in said
+    assert len(re.findall(rf"^splitlearn: the run was stopped by {SIGNALS[by]} .* ckpt=\S+$", said, re.M)) == 1
+    assert "was stopped by" in json.loads((tmp_path / "run" / "results.json").read_text())["stopped"]

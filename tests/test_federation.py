@@ -13,6 +13,7 @@ from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
+import torch
 from federated import TINY, TOLD, results_of, run_tiny
 from helpers import BLOCKS as NET
 from helpers import make_network
@@ -23,7 +24,7 @@ from splitlearn.federation.greetings import agree, check_greeting, check_welcome
 from splitlearn.federation.launch import _as_rank, _take_gpu, shared_by_all
 from splitlearn.federation.party import Attempt, Federation, parties_of
 from splitlearn.federation.processes import PartyLostError, Processes
-from splitlearn.federation.snapshots import newest_common, steps_in
+from splitlearn.federation.snapshots import newest_common, path_of, steps_in
 from splitlearn.federation.streams import DifferenceError
 from splitlearn.federation.wiring import GlooWiring, GrpcWiring
 from splitlearn.layout import multi_hop, two_party, u_shaped, vertical, whole
@@ -278,6 +279,23 @@ def test_a_resumed_run_goes_on_with_the_newest_of_all(tmp_path):
     for name in (f"{RUN}-step10.ckpt", f"{RUN}-step9.ckpt", "last.ckpt", f"{RUN}-step11.ckpt.tmp"):
         (tmp_path / name).touch()
     assert steps_in([tmp_path]) == {RUN: [9, 10]}
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "flipped"])
+def test_of_damaged_snapshots_none_is_offered(damage, tmp_path):
+    folders = tmp_path / "own", tmp_path / "earlier"
+    for folder, steps in zip(folders, ([4, 8], [8, 12]), strict=True):
+        folder.mkdir()
+        for step in steps:
+            torch.save({"weights": torch.arange(1000.0)}, folder / f"{RUN}-step{step}.ckpt")
+    for path in (folders[0] / f"{RUN}-step8.ckpt", folders[1] / f"{RUN}-step12.ckpt"):
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+        path.write_bytes({"cut": whole[:middle], "emptied": b"", "flipped": flipped}[damage])
+    with pytest.warns(UserWarning, match=f"{RUN}-step12.ckpt is damaged: the snapshot before it counts"):
+        assert steps_in(folders, whole=True) == {RUN: [4, 8]}
+    assert path_of(folders, RUN, 8) == folders[1] / f"{RUN}-step8.ckpt"
 
 
 @pytest.mark.parametrize(

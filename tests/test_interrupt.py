@@ -1,6 +1,7 @@
-"""Ctrl-C leaves a checkpoint and results.json, and the run that goes on from them is the uninterrupted one."""
+"""Ctrl-C, SIGTERM and SIGHUP leave a checkpoint and results.json, and a resumed run is the uninterrupted one."""
 
 import os
+import re
 import signal
 import threading
 from functools import partial
@@ -14,6 +15,7 @@ from runs import difference, end_state, make_data, make_learner, make_trainer, r
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from splitlearn.callbacks.run import Interrupt, Results
+from splitlearn.training.stopping import StoppedError, raising
 
 PLATEAU = partial(ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.1)
 
@@ -30,14 +32,14 @@ def run(folder, callbacks=(), ckpt=None):
 class Presses(Callback):
     """Presses Ctrl-C in the `nth` call of a hook, `times` times."""
 
-    def __init__(self, hook: str, nth: int, times: int = 1) -> None:
-        self.calls, self.nth, self.times = count(1), nth, times
+    def __init__(self, hook: str, nth: int, times: int = 1, number: int = signal.SIGINT) -> None:
+        self.calls, self.nth, self.times, self.number = count(1), nth, times, number
         setattr(self, hook, self.press)
 
     def press(self, *args) -> None:
         if next(self.calls) == self.nth:
             for _ in range(self.times):
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), self.number)
 
 
 INTERRUPTED = {
@@ -61,14 +63,17 @@ def test_ctrl_c_leaves_what_is_needed_to_go_on(tmp_path, hook, nth):
     with pytest.raises(SystemExit):
         run(tmp_path / "first", [Interrupt(ckpt), Presses(hook, nth)])
     assert signal.getsignal(signal.SIGINT) is handler
-    assert results(tmp_path / "first")["stopped"].startswith("KeyboardInterrupt")
+    assert re.match("StoppedError: the run was stopped by Ctrl-C behind", results(tmp_path / "first")["stopped"])
     assert difference(run(tmp_path / "second", ckpt=ckpt), whole) == []
 
 
-def test_ctrl_c_ends_training(tmp_path):
-    ckpt = tmp_path / "interrupted.ckpt"
-    with pytest.raises(SystemExit):
-        run(tmp_path, [Interrupt(ckpt), Presses("on_before_backward", 2)])
+@pytest.mark.parametrize(("number", "name"), [(2, "Ctrl-C"), (15, "SIGTERM"), (1, "SIGHUP")])
+def test_a_signal_ends_training(tmp_path, number, name):
+    ckpt, handler = tmp_path / "interrupted.ckpt", signal.getsignal(number)
+    with pytest.raises(StoppedError, match=f"^the run was stopped by {name} behind mini-batch 5. .* ckpt={ckpt}$") as e:
+        run(tmp_path, [Interrupt(ckpt), Presses("on_before_backward", 2, number=number)])
+    assert e.value.code == 128 + number  # what a shell has
+    assert signal.getsignal(number) == handler
     assert torch.load(ckpt, weights_only=True)["global_step"] == 5  # a stretch ends before validation
     assert results(tmp_path)["epochs"] == []
 
@@ -77,12 +82,21 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     handler, ckpt, stepped = signal.getsignal(signal.SIGINT), tmp_path / "interrupted.ckpt", count()
     watch = Presses("on_before_zero_grad", 3, times=2)
     watch.on_after_backward = lambda *_: next(stepped)
-    with pytest.raises(SystemExit):
+    with pytest.raises(StoppedError, match=r"^the run was stopped by Ctrl-C$"), raising():
         run(tmp_path, [Interrupt(ckpt), watch])
     assert next(stepped) == 1  # mini-batches that were trained: there are two optimizers to erase for
     assert not ckpt.exists()
     assert signal.getsignal(signal.SIGINT) is handler
-    assert results(tmp_path)["stopped"].startswith("KeyboardInterrupt")
+    assert results(tmp_path)["stopped"].startswith("StoppedError")
+
+
+def test_what_is_ignored_stays_so(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        ends = run(tmp_path, [Interrupt(tmp_path / "x"), Presses("on_before_backward", 2, number=signal.SIGHUP)])
+        assert ends["step, epoch"] == (20, 2)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_handler_of_ctrl_c_is_put_back(tmp_path):

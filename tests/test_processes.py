@@ -155,3 +155,13 @@ def test_curves_of_a_party_are_of_the_whole_or_say_whose_they_are(configure, tmp
         tags = {tag for tag in events.Tags()["scalars"] if tag.startswith("bytes/")}
         assert tags
         assert all(party in tag for tag in tags)
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "splitfed_v1"])
+def test_a_finished_run_goes_on_with_more_epochs(schedule, configure, tmp_path):
+    asked = ["num_alices=3", f"schedule={schedule}", "scheduler=plateau", "data.val_fraction=0.2"]
+    first = [*asked, "engine=processes", "trainer.max_epochs=1"]
+    run_tiny(configure, tmp_path / "first", *first)
+    ours = run_tiny(configure, tmp_path / "more", *asked, "engine=processes", f"ckpt={tmp_path}/first")
+    assert ours == run_tiny(configure, tmp_path / "whole", *asked)
+    assert differences(weights_of(tmp_path / "more", ["bob"]), weights_of(tmp_path / "whole")) == []

@@ -20,7 +20,7 @@ from stars import CONTEXT, LIMIT, PARTIES, PATIENCE, Ends, Proxy, framed, live, 
 from splitlearn.certificates import Identity, make_certificates
 from splitlearn.errors import InputError
 from splitlearn.federation.hub import Hub
-from splitlearn.federation.streams import LARGEST_NOTE, METHOD, SERVICE, SLACK, DifferenceError, options
+from splitlearn.federation.streams import LARGEST_NOTE, METHOD, SERVICE, SLACK, AgainError, DifferenceError, options
 
 PAIRS = list(itertools.permutations(PARTIES, 2))
 
@@ -106,8 +106,9 @@ def test_a_party_that_is_not_in_the_list_and_a_second_hub_are_refused(ends, part
 
 def test_the_second_process_of_a_party_is_refused_and_the_first_stays(ends):
     stars, _ = ends.meet()
-    with pytest.raises(InputError, match=r"`engine.party` \(=alice0\) is played by another process already"):
+    with pytest.raises(AgainError, match=r"`engine.party` \(=alice0\) is played by another process already") as refused:
         ends.member("alice0", stars["bob"].port).join({"party": "alice0"}, PATIENCE)
+    assert refused.value.lost == "alice0"  # her other process
     stars["alice0"].send("bob", framed("alice0", "bob"))
     assert stars["bob"].inbox["alice0"].get(timeout=PATIENCE) == framed("alice0", "bob")
     assert nobody_is_lost(ends)
@@ -554,6 +555,7 @@ def test_a_hub_that_dies_or_freezes_is_noticed_by_all(ends, folder, how, timeout
 
 def test_who_dies_while_others_are_awaited_is_lost(ends):
     hub = ends.hub()
+    hub.patient = False
     hears = gathering(ends, hub, PARTIES, timeout=1)
     with grpc.insecure_channel(f"127.0.0.1:{hub.port}") as channel:
         call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(iter([b'{"party": "alice0"}']))
@@ -563,6 +565,64 @@ def test_who_dies_while_others_are_awaited_is_lost(ends):
         assert heard(ends, "bob") == ("alice0", "its process ended, or does not answer")
     with pytest.raises(InputError, match="alice1 did not come"):
         hears.result(PATIENCE)
+
+
+def test_a_patient_hub_waits_for_who_dies_while_others_are_awaited(ends):
+    hub, said = ends.hub(), []
+    hears, hub.say = gathering(ends, hub, PARTIES), said.append
+    for _ in range(2):
+        with grpc.insecure_channel(f"127.0.0.1:{hub.port}") as channel:
+            call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(iter([b'{"party": "alice0"}']))
+            while not hub.joined:
+                time.sleep(0.01)
+            call.cancel()
+            while hub.joined:
+                time.sleep(0.01)
+    joins = [ends.pool.submit(ends.member(p, hub.port).join, {"party": p}, PATIENCE) for p in ("alice0", "alice1")]
+    assert set(hears.result(PATIENCE)) == {"alice0", "alice1"}
+    for join in joins:
+        join.result(PATIENCE)
+    assert said.count("alice0 has gone again: its process ended, or does not answer") == 2
+    assert nobody_is_lost(ends)
+
+
+@pytest.mark.parametrize("gives_up", [True, False])
+def test_who_is_lost_between_the_last_to_come_and_the_welcome_is_lost(ends, gives_up):
+    hub = ends.hub()
+    member = ends.member("alice0", hub.port)
+    ends.pool.submit(member.join, {"party": "alice0"}, PATIENCE)
+    hub.gather(["bob", "alice0"], lambda greeting: None, PATIENCE)
+    member.give_up("stopped") if gives_up else member.drop()
+    assert heard(ends, "bob") == ("alice0", "stopped" if gives_up else "its process ended, or does not answer")
+
+
+def test_an_early_farewell_hides_no_death(ends):
+    stars, _ = ends.meet()
+    stars["alice0"].outbox["bob"].put(b'{"farewell": true}')
+    stars["bob"].outbox["alice1"].put(b'{"farewell": true}')
+    while "alice0" not in stars["bob"].done:
+        time.sleep(0.01)
+    stars["alice0"].drop()
+    assert [heard(ends, party)[0] for party in ("bob", "alice1")] == ["alice0", "alice0"]
+
+
+def test_an_early_farewell_of_the_hub_hides_no_death(ends):
+    stars, _ = ends.meet()
+    for alice in ("alice0", "alice1"):
+        stars["bob"].outbox[alice].put(b'{"farewell": true}')
+        while "bob" not in stars[alice].done:
+            time.sleep(0.01)
+    stars["bob"].server.stop(0)
+    assert [heard(ends, party)[0] for party in ("alice0", "alice1")] == ["bob", "bob"]
+
+
+def test_a_loss_is_told_once(ends):
+    stars, _ = ends.meet()
+    stars["alice0"].drop()
+    stars["alice1"].drop()
+    assert heard(ends, "bob")[0] in ("alice0", "alice1")
+    time.sleep(0.3)
+    assert ends.lost["bob"].empty()
 
 
 def test_who_dies_before_the_hub_is_ready_is_not_taken_for_present(ends):

@@ -20,6 +20,7 @@ from splitlearn.errors import DivergedError, InputError
 from splitlearn.federation.launch import federate
 from splitlearn.federation.processes import PartyLostError, Processes
 from splitlearn.federation.simulated import Simulated
+from splitlearn.training.stopping import StoppedError, raising
 
 HERE = Path(__file__).resolve().parent
 # The wheel carries conf/ inside the package; in a checkout it stands at the top.
@@ -56,7 +57,11 @@ def _simulate(cfg: DictConfig, engine: Simulated) -> dict[str, float]:
 def main(cfg: DictConfig) -> float | None:
     quieten()
     try:
-        return train(cfg)
+        with raising():
+            return train(cfg)
+    except StoppedError as stop:
+        print(f"splitlearn: {stop}", file=sys.stderr)
+        raise
     except (InputError, DivergedError, PartyLostError, MisconfigurationException, OSError) as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # Hydra goes on with the sweep, and fails at its end
             raise

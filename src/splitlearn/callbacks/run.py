@@ -14,13 +14,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from splitlearn.callbacks.layout_drawing import draw
 from splitlearn.callbacks.tensorboard import has_many_alices
 from splitlearn.costs.flops import clients
 from splitlearn.errors import told_if_full
 from splitlearn.learner import SplitLearner
+from splitlearn.training.stopping import StoppedError, heeded, was_stopped_by
 
 
 class ProgressBar(TQDMProgressBar):
@@ -143,7 +143,9 @@ class Results(Callback):
 
 
 class Interrupt(Callback):
-    """Ctrl-C ends the stretch or the validation at hand, saves a checkpoint and stops; a second one stops at once.
+    """Ctrl-C, SIGTERM or SIGHUP ends the stretch or the validation at hand, saves a checkpoint and stops.
+
+    A second one stops at once.
 
     Without this, one party's optimizer would have stepped and another's not.
     """
@@ -152,13 +154,13 @@ class Interrupt(Callback):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.asked = False
-        self.before: Any = None
+        self.asked: int | None = None  # the number of the signal
+        self.before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.asked = False
+        self.asked = None
         if threading.current_thread() is threading.main_thread():  # no other may listen to signals
-            self.before = signal.signal(signal.SIGINT, self._ask)
+            self.before = {number: signal.signal(number, self._ask) for number in heeded()}
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._stop(trainer)
@@ -171,19 +173,20 @@ class Interrupt(Callback):
         self._restore()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, self.before)
+        self.asked = number
+        self._restore()
 
     def _stop(self, trainer: pl.Trainer) -> None:
-        if self.asked:
+        if self.asked is not None:
             trainer.save_checkpoint(self.path)
-            rank_zero_info(f"Stopped by Ctrl-C. Resume with ckpt={self.path}")
-            raise KeyboardInterrupt(f"resume with ckpt={self.path}")
+            where = f"behind mini-batch {trainer.global_step}"
+            cure = f"To go on from there, resume with ckpt={self.path}"
+            raise StoppedError(self.asked, f"the run {was_stopped_by(self.asked)} {where}. {cure}")
 
     def _restore(self) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-            self.before = None
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -19,6 +19,7 @@ from splitlearn.federation.streams import (
     METHOD,
     SERVICE,
     SHOWN,
+    AgainError,
     DifferenceError,
     Greeting,
     Lost,
@@ -49,9 +50,10 @@ class Hub(Star):
         self.identity = identity
         self.host = address.rpartition(":")[0]
         self.joined: dict[Party, Greeting] = {}
+        self.complete = False  # all have come
         self.refusals: list[str] = []
         self.unfit: DifferenceError | None = None  # of the first party that came in vain
-        self.patient = True  # whether such a party is waited for, too: she may be started anew
+        self.patient = True  # whether such a party is waited for, too, and who is lost before all have come
         self.say: Callable[[str], None] = lambda text: None  # to whoever watches who comes
         self.changed = threading.Condition()
         self.check: Callable[[Greeting], None] | None = None
@@ -84,7 +86,8 @@ class Hub(Star):
                     f"{', '.join(missing)} did not come within {timeout:.0f} s{refused}: start them with the same "
                     "command and `engine.party=`, or raise `engine.join_timeout`"
                 )
-        return dict(self.joined)
+            self.complete = True
+            return dict(self.joined)
 
     @property
     def _hopeless(self) -> bool:
@@ -99,6 +102,7 @@ class Hub(Star):
 
     def close(self, timeout: float) -> None:
         """Wait until all have said farewell, and close."""
+        self.leaving = True
         with self.changed:
             self.changed.wait_for(lambda: len(self.done) == len(self.outbox), timeout)
         for out in self.outbox.values():
@@ -131,10 +135,11 @@ class Hub(Star):
             why = outside(f"a greeting has no {error}" if isinstance(error, KeyError) else error)
             self.refusals.append(why)
             self.say(f"refused: {why}")
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, why)
+            again = isinstance(error, AgainError)
+            context.abort(grpc.StatusCode.ALREADY_EXISTS if again else grpc.StatusCode.FAILED_PRECONDITION, why)
         out = self.outbox[party]
-        if not context.add_callback(lambda: self._ended(party)):  # it ended while it waited to be admitted
-            self._ended(party)
+        if not context.add_callback(lambda: self._ended(party, out)):  # it ended while it waited to be admitted
+            self._ended(party, out)
         threading.Thread(target=self._read, args=(party, incoming), daemon=True).start()
         while (message := out.get()) is not None:
             yield message
@@ -155,7 +160,8 @@ class Hub(Star):
                 rule = f"must be one of {', '.join(p for p in self.parties if p != self.party)}"
                 raise InputError(f"`engine.party` (={outside(party, SHOWN)}) {rule}: {self.party} is here already")
             if party in self.joined:
-                raise InputError(f"`engine.party` (={party}) is played by another process already: end that one first")
+                why = f"`engine.party` (={party}) is played by another process already: end that one first"
+                raise AgainError(why, party)
             assert self.check is not None
             differs = _caught(self.check, greeting)
             if differs is None:
@@ -194,12 +200,22 @@ class Hub(Star):
     def _loss(self, note: dict[str, Any], peer: Party) -> tuple[Party, str]:
         return peer, note["why"]  # nobody speaks for another
 
-    def _ended(self, party: Party) -> None:
+    def _ended(self, party: Party, out: SimpleQueue[bytes | None]) -> None:
         with self.changed:
             self.changed.notify_all()
-        self.outbox[party].put(None)
-        if party not in self.done:
+        out.put(None)
+        if self.outbox.get(party) is out and not (self.leaving and party in self.done):
             self._lose(party, "its process ended, or does not answer")
+
+    def _lose(self, party: Party, why: str) -> None:
+        with self.changed:
+            if self.patient and not self.complete:
+                if self.joined.pop(party, None) is not None:
+                    self.outbox.pop(party).put(None)
+                    self.done.discard(party)
+                    self.say(f"{party} has gone again: {why}")
+                return
+        super()._lose(party, why)
 
     def _take(self, message: bytes, peer: Party) -> None:
         super()._take(message, peer)

@@ -30,6 +30,7 @@ from splitlearn.federation.processes import PartyLostError, Play, Post, Processe
 from splitlearn.federation.sealing import SealError
 from splitlearn.federation.wiring import GrpcWiring
 from splitlearn.layout import Party
+from splitlearn.training.stopping import StoppedError, call_when_stopped
 
 # What each host may have in its own way; all the rest must be the same everywhere.
 LOCAL = (
@@ -70,7 +71,7 @@ def federate(cfg: DictConfig, engine: Processes) -> dict[str, float]:
         plays = {party: _play_of(cfg, engine, party, parties, output_dir) for party in parties}
         try:
             metrics = engine.launch(plays, str(output_dir))
-        except PartyLostError as error:
+        except (PartyLostError, StoppedError) as error:
             _write_results(output_dir, parties, stopped=str(error))
             raise
     results = _write_results(output_dir, parties)
@@ -90,7 +91,8 @@ def play(text: str, engine: Processes, attempt: Attempt, post: Post) -> None:
             wiring = make(cfg.wire)
             terms = engine.timeout, engine.join_timeout, engine.save_every_n_steps
             federation = Federation(attempt, wiring, *terms, post)
-            federation.patient = engine.on_failure == "wait"
+            federation.waits = engine.on_failure == "wait"
+            call_when_stopped(federation.stopped)
             run = build(cfg, federation.wire)
         with finishing(run.trainer.loggers):
             metrics = federation.run(run.trainer, run.learner, run.data, shared, cfg.output_dir, ckpt, cfg.test)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from splitlearn.federation.greetings import (
 from splitlearn.federation.hub import Hub
 from splitlearn.federation.remote_wire import WIDEST, RemoteWire
 from splitlearn.federation.snapshots import Snapshots, common_in, path_of, steps_in
-from splitlearn.federation.streams import Greeting, Member, Star
+from splitlearn.federation.streams import AgainError, Greeting, Member, Star
 from splitlearn.federation.together import Together
 from splitlearn.federation.wiring import Wiring
 from splitlearn.layout import Party
@@ -35,10 +35,12 @@ from splitlearn.ledger import is_alice
 from splitlearn.schedules.aggregation import Average, MeanGradient
 from splitlearn.schedules.sharing import Handoff
 from splitlearn.training.checkpoints import tested
+from splitlearn.training.stopping import was_stopped_by
 from splitlearn.wire import SERVER
 
 LOST, FAILED, ORPHANED = 3, 1, 4  # exit codes
 GOODBYE = 0.3  # seconds until what was said last has left
+TRY_AGAIN = 1.0  # seconds until who could not join does
 
 
 class Attempt(NamedTuple):
@@ -69,9 +71,10 @@ class Federation:
     ) -> None:
         self.attempt, self.wiring, self.timeout, self.join_timeout = attempt, wiring, timeout, join_timeout
         self.save_every_n_steps, self.post = save_every_n_steps, post
-        self.patient = False  # whether who comes with something else may be started anew: engine.on_failure=wait
+        self.waits = False  # for who is lost: engine.on_failure=wait
         self.wire = RemoteWire(attempt.party)
         self.learner: SplitLearner | None = None
+        self.trainer: pl.Trainer | None = None
         self.star: Star | None = None
 
     def run(
@@ -89,7 +92,7 @@ class Federation:
         `shared` is the part of the configuration that all must have alike, `output_dir` this party's folder, `ckpt`
         that of a run to go on from; `test`: the `last` weights or each party's `best`.
         """
-        self.learner, self.data, parties = learner, data, parties_of(learner)
+        self.trainer, self.learner, self.data, parties = trainer, learner, data, parties_of(learner)
         folder = Path(output_dir)
         self._check(parties, trainer)
         self.wire.device = trainer.strategy.root_device
@@ -104,7 +107,9 @@ class Federation:
         self._say(f"all have come; goes on from mini-batch {step}" if step else "all have come")
         transport = self.wiring.transport(star, welcome, self.wire.device)
         self.wire.connect(transport, star.parties, bytes.fromhex(run), self.wiring.seals(star, welcome))
-        saves = Snapshots(own, self.save_every_n_steps, run)
+        saves = Snapshots(own, self.save_every_n_steps, run, lambda saved: self.post({"saved": saved}))
+        if step in steps_in([own]).get(run, []):  # and not in the folder that it goes on from
+            self.post({"saved": step})
         trainer.callbacks[:0] = [Together(self.wire, gone)]  # type: ignore[attr-defined]
         trainer.callbacks.append(saves)  # type: ignore[attr-defined]
         trainer.fit(learner, datamodule=data, ckpt_path=path_of(folders, run, step) if step else None)
@@ -119,6 +124,17 @@ class Federation:
         if self.star is not None:
             self.star.give_up(why)
             time.sleep(GOODBYE)
+
+    def stopped(self, number: int) -> None:
+        """A signal ends this party: it tells the others, who end, too. What counts is the newest snapshot of all."""
+        why = was_stopped_by(number)
+        self.post({"lost": self.attempt.party, "why": why, "step": self._step})
+        self.give_up(why)
+        os._exit(128 + number)
+
+    @property
+    def _step(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_step  # the learner knows it only while it trains
 
     def _say(self, text: str) -> None:
         """To whoever watches a terminal with one party; with all in one it would be noise."""
@@ -149,7 +165,7 @@ class Federation:
             "file": self.data.own_file,
             "run": self.attempt.run,
             "resumes": ckpt is not None,
-            "snapshots": steps_in(folders),
+            "snapshots": steps_in(folders, whole=True),
             "common": common_in(folders),
             "nonce": self.wiring.nonce.hex(),
             "threads": torch.get_num_threads(),
@@ -164,12 +180,7 @@ class Federation:
         limit, identity = self._largest(), self.identity
         if party != hub:
             self._say(f"joins {hub} at {self.attempt.address}")
-            proxy = self.wiring.proxy(self.attempt.address)
-            member = self.star = Member(party, hub, self._address(), identity, limit, self.timeout, self._lost, proxy)
-            member.say, member.answer = self._say, answer_with(self.data.names)
-            return member, member.join(
-                greeting, self.join_timeout, lambda welcome: check_welcome(welcome, greeting, parties)
-            )
+            return self._join(hub, limit, greeting, lambda welcome: check_welcome(welcome, greeting, parties))
         listener = self.star = Hub(party, self.attempt.address, identity, limit, self.timeout, self._lost)
         self.post({"port": listener.port})
         listener.say, listener.patient = self._say, self.patient
@@ -195,6 +206,33 @@ class Federation:
         listener.welcome(welcome)
         return listener, welcome
 
+    def _join(
+        self, hub: Party, limit: int, greeting: Greeting, check: Callable[[Greeting], None]
+    ) -> tuple[Member, Greeting]:
+        """Join the hub; who is patient tries again where a party is lost before all have come."""
+        terms = self._address(), self.identity, limit, self.timeout, self._lost, self.wiring.proxy(self.attempt.address)
+        deadline, said = time.monotonic() + self.join_timeout, ""
+        while True:
+            member = self.star = Member(self.attempt.party, hub, *terms)
+            member.say, member.answer = self._say, answer_with(self.data.names)
+            try:
+                return member, member.join(greeting, deadline - time.monotonic(), check)
+            except AgainError as error:
+                if self.waits and not self.attempt.alone:
+                    self._lost(error.lost, str(error))  # who started all starts all again
+                if not self.patient or time.monotonic() + TRY_AGAIN > deadline:
+                    raise
+                if str(error) != said:
+                    self._say(f"{error}; tries again")
+                said = str(error)
+            member.drop()
+            time.sleep(TRY_AGAIN)
+
+    @property
+    def patient(self) -> bool:
+        """Whether who is lost before all have come, or comes with something else, may be started anew meanwhile."""
+        return self.waits and self.attempt.alone
+
     def _address(self) -> str:
         """Where the hub listens; a port that is still to be chosen is told by the process that started this one."""
         host, _, port = self.attempt.address.rpartition(":")
@@ -213,8 +251,7 @@ class Federation:
 
     def _lost(self, party: Party, why: str) -> None:
         """Nothing can be done here: what counts is on disk. The process that started this one knows how to go on."""
-        step = self.learner.trainer.global_step if self.learner is not None else 0
-        self.post({"lost": party, "why": why, "step": step})
+        self.post({"lost": party, "why": why, "step": self._step})
         time.sleep(GOODBYE)
         os._exit(LOST)
 

@@ -21,11 +21,13 @@ from splitlearn.errors import InputError, check_whole
 from splitlearn.federation.party import ORPHANED, Attempt
 from splitlearn.layout import Party
 from splitlearn.ledger import is_alice
+from splitlearn.training.stopping import WAS_STOPPED, StoppedError, block, raising, was_stopped_by
 
 ON_FAILURE = ("stop", "wait", "skip")
 LAST_PORT = 65535
 TRIES = 5  # without a new snapshot in between; then the fault is in the program
 PATIENCE = 10.0  # seconds that the others have to notice that a party is lost
+STOPPING = 2.0  # seconds that a process has to tell that it was stopped
 Play = Callable[[Attempt, "Post"], None]
 """What a process does: build its part of the run, train it, and post what came of it."""
 
@@ -71,13 +73,19 @@ class Processes:
     def launch(self, plays: dict[Party, Play], output_dir: str) -> dict[str, float]:
         """Run a process for each of these parties, the hub first, until the run is over; return the hub's metrics.
 
-        Raises InputError for what does not fit, PartyLostError when the run cannot go on.
+        Raises InputError for what does not fit, PartyLostError when the run cannot go on, StoppedError at a signal.
         """
-        run, gone, begun = None, tuple[Party, ...](), list[int]()
+        run, gone, begun, saved = None, tuple[Party, ...](), list[int](), 0
         while True:
             crew = Crew({party: play for party, play in plays.items() if party not in gone})
-            outcome = crew.run(self.address, run, gone)
-            run = crew.run_id or run
+            try:
+                with raising():
+                    outcome = crew.run(self.address, run, gone)
+            except StoppedError as stop:
+                saved = max(saved, crew.saved)
+                who = f"{self.party or 'the run'} {was_stopped_by(stop.number)} at about mini-batch {crew.step}"
+                raise StoppedError(stop.number, f"{who}. {_cure(saved, output_dir)}") from None
+            run, saved = crew.run_id or run, max(saved, crew.saved)
             if outcome.lost is None:
                 return outcome.metrics
             begun.append(crew.begun)
@@ -85,24 +93,30 @@ class Processes:
                 raise PartyLostError(
                     f"{outcome.lost} was lost {TRIES} times on the way from one snapshot: {outcome.why}"
                 )
-            gone = self._go_on(outcome, gone, next(iter(plays)), output_dir)
-            where = f"{outcome.lost} was lost at about mini-batch {outcome.step} ({outcome.why})"
+            gone = self._go_on(outcome, gone, next(iter(plays)), _cure(saved, output_dir))
             waits = f"waiting up to {self.join_timeout:.0f} s for the same command to start it again"
             restarts = "starting it again" if outcome.lost in plays else waits
-            rank_zero_info(f"splitlearn: {where}; {'going on without it' if outcome.lost in gone else restarts}")
+            rank_zero_info(f"splitlearn: {outcome}; {'going on without it' if outcome.lost in gone else restarts}")
 
-    def _go_on(self, outcome: Outcome, gone: tuple[Party, ...], hub: Party, output_dir: str) -> tuple[Party, ...]:
+    def _go_on(self, outcome: Outcome, gone: tuple[Party, ...], hub: Party, cure: str) -> tuple[Party, ...]:
         """Return who is left out of the next attempt, or raise."""
         lost = str(outcome.lost)
         if self.on_failure == "wait":
             return gone
         if self.on_failure == "skip" and is_alice(lost) and lost not in (self.party, hub):
             return (*gone, lost)
-        cure = "only Alices who are not the hub can be skipped; " if self.on_failure == "skip" else ""
-        raise PartyLostError(
-            f"{lost} was lost at about mini-batch {outcome.step}: {outcome.why}. {cure}To go on from the newest "
-            f"snapshot of all, start all parties again, each with the folder that its run had: here ckpt={output_dir}"
-        )
+        rule = "Only Alices who are not the hub can be skipped. " if self.on_failure == "skip" else ""
+        raise PartyLostError(f"{outcome}. {rule}{cure}")
+
+
+def _cure(saved: int, output_dir: str) -> str:
+    """How to go on, `saved` being the mini-batch of the newest snapshot of all, 0 for none."""
+    if not saved:
+        return "There is no snapshot of all yet: start all parties again as they were started"
+    return (
+        f"To go on from mini-batch {saved}, the newest snapshot of all, start all parties again, each with the folder "
+        f"that its run had: here ckpt={output_dir}"
+    )
 
 
 @dataclass
@@ -113,6 +127,14 @@ class Outcome:
     lost: Party | None = None
     why: str = ""
     step: int = 0
+
+    def __str__(self) -> str:
+        where = f"at about mini-batch {self.step}"
+        return f"{self.lost} {self.why} {where}" if self.was_stopped else f"{self.lost} was lost {where}: {self.why}"
+
+    @property
+    def was_stopped(self) -> bool:
+        return self.why.startswith(WAS_STOPPED)
 
 
 class Post:
@@ -146,6 +168,7 @@ class Crew:
         self.errors: list[str] = []  # as they come: others follow from the first
         self.run_id: str | None = None
         self.begun = -1  # the mini-batch that all went on from, once they have met
+        self.saved = 0  # the mini-batch of the newest snapshot of all in this run's folder
         self.notes: dict[Party, dict[str, Any]] = {party: {} for party in plays}
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own errors tell what it would
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # who waits must not keep a core busy that another needs
@@ -159,6 +182,9 @@ class Crew:
             for party, play in self.plays.items():
                 self._start(play, Attempt(party, address, run, tuple(gone), alone=len(self.plays) == 1))
             return self._watch()
+        except StoppedError as stop:
+            self._stop(stop.number)
+            raise
         finally:
             for process in self.processes.values():
                 process.kill()
@@ -171,6 +197,19 @@ class Crew:
         process.start()
         theirs.close()
         self.processes[attempt.party], self.connections[attempt.party] = process, ours
+
+    @property
+    def step(self) -> int:
+        return max(note.get("step", 0) for note in self.notes.values())
+
+    def _stop(self, number: int) -> None:
+        """Pass a signal on, so that who is elsewhere is told who was stopped."""
+        for process in self.processes.values():
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, number)
+        for party, process in self.processes.items():
+            process.join(STOPPING)
+            self._hear(party)
 
     def _watch(self) -> Outcome:
         """Until all have ended, or one was lost and the others had time to notice."""
@@ -194,7 +233,7 @@ class Crew:
         if self.errors:
             raise InputError(self.errors[0])
         if lost is not None:
-            return replace(lost, step=max(note.get("step", 0) for note in self.notes.values()))
+            return replace(lost, step=self.step)
         return Outcome(self.notes[next(iter(self.plays))]["done"])
 
     def _hear(self, party: Party) -> None:
@@ -206,6 +245,7 @@ class Crew:
                 self.notes[party].update(note)
                 if "error" in note:
                     self.errors.append(note["error"])
+                self.saved = max(self.saved, note.get("saved", 0))
                 if "run" in note:
                     self.run_id, self.begun = note["run"], note["step"]
                 if "port" in note:
@@ -226,7 +266,7 @@ class Crew:
 
 
 def _begin(play: Play, attempt: Attempt, connection: Connection, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    block()
     torch.set_num_threads(threads)
     rank_zero_only.rank = 0  # type: ignore[attr-defined] # each party logs for itself
     play(attempt, Post(connection))

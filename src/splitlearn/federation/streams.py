@@ -39,6 +39,14 @@ Lost = Callable[[Party, str], None]
 """(party, why): called once, in any thread, when a party is lost. The other streams are of no use afterwards."""
 
 
+class AgainError(InputError):
+    """Why `lost` party's absence, before all have come, ends a join that may be tried again."""
+
+    def __init__(self, message: str, lost: Party) -> None:
+        super().__init__(message)
+        self.lost = lost
+
+
 class DifferenceError(InputError):
     """What makes a greeting come in vain until its party is started with something else.
 
@@ -72,6 +80,7 @@ class Star:
         self.inbox: dict[Party, SimpleQueue[bytes]] = defaultdict(SimpleQueue)
         self.outbox: dict[Party, SimpleQueue[bytes | None]] = {}
         self.done: set[Party] = set()  # who has said farewell
+        self.leaving = False  # a farewell counts only at the end, when this end has begun to leave, too
         self._failed = threading.Lock()
 
     def send(self, dst: Party, message: bytes) -> None:
@@ -164,7 +173,8 @@ class Member(Star):
     ) -> Greeting:
         """Greet, and wait until all have; return the hub's welcome.
 
-        Raises InputError where the hub is not reached or refuses, and where `check` does so for its welcome.
+        Raises InputError where the hub is not reached or refuses, and where `check` does so for its welcome; AgainError
+        where a party is lost meanwhile, or an earlier process of this one has not been missed yet.
         """
         self._reach(timeout)
         out = self.outbox[self.hub] = SimpleQueue()
@@ -176,7 +186,7 @@ class Member(Star):
             welcome = self._hear()
         if "lost" in welcome:
             lost, why = outside(welcome["lost"], SHOWN), outside(welcome.get("why", ""))
-            raise InputError(f"{lost} was lost before all had come: {why}")
+            raise AgainError(f"{lost} was lost before all had come: {why}", lost)
         check(welcome)
         self.parties = welcome["parties"]
         self.reader = threading.Thread(target=self._read, daemon=True)
@@ -214,23 +224,32 @@ class Member(Star):
         try:
             return read_json(next(self.call), f"the answer of {self.hub}")
         except StopIteration:
-            raise InputError(f"{self.hub} ended before all had come") from None
+            raise AgainError(f"{self.hub} ended before all had come", self.hub) from None
         except grpc.RpcError as error:
             why = outside(error.details() or error.code().name)
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 told = f"what listens at `engine.address` (={self.address}) is another service of gRPC"
                 raise InputError(f"{told} ({why}): name the one of {self.hub}") from None
             if error.code() is grpc.StatusCode.UNAVAILABLE:
-                raise InputError(f"{self.hub} ended, or does not answer, before all had come ({why})") from None
+                told = f"{self.hub} ended, or does not answer, before all had come ({why})"
+                raise AgainError(told, self.hub) from None
+            if error.code() is grpc.StatusCode.ALREADY_EXISTS:
+                raise AgainError(f"{self.hub} refused {self.party}: {why}", self.party) from None
             raise InputError(f"{self.hub} refused {self.party}: {why}") from None
 
     def send(self, dst: Party, message: bytes) -> None:
         self.outbox[self.hub].put(message)
 
     def close(self, timeout: float) -> None:
-        self.done.add(self.hub)
+        self.leaving = True
         self.outbox[self.hub].put(b'{"farewell": true}')
         self.reader.join(timeout)
+        self.channel.close()
+
+    def drop(self) -> None:
+        """End the stream without a word."""
+        for out in self.outbox.values():
+            out.put(None)
         self.channel.close()
 
     def _read(self) -> None:
@@ -240,10 +259,10 @@ class Member(Star):
         except FrameError as error:
             self._lose(self.hub, f"sent what was refused: {error}")
         except grpc.RpcError as error:
-            if self.hub not in self.done:
+            if not self.leaving:
                 self._lose(self.hub, f"its process ended, or does not answer ({error.code().name})")
         else:
-            if self.hub not in self.done:
+            if not self.leaving:
                 self._lose(self.hub, "left before all had said farewell")
 
     def _loss(self, note: dict[str, Any], peer: Party) -> tuple[Party, str]:

@@ -24,11 +24,13 @@ class SafeCheckpointIO(TorchCheckpointIO):
     """Loads tensors and plain values only: a checkpoint that somebody sent can run no code here."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Under another name first: a process that dies in the middle leaves no half of a file."""
+        """Under another name first: who dies in the middle, or loses power, leaves no half of a file."""
         unfinished = Path(f"{path}.tmp")
         with told_if_full(path):
             super().save_checkpoint(checkpoint, unfinished, storage_options)
+            _sync(unfinished)
             os.replace(unfinished, path)
+            _sync(unfinished.parent)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         try:
@@ -38,6 +40,15 @@ class SafeCheckpointIO(TorchCheckpointIO):
         if "splitlearn" not in checkpoint:
             raise InputError(f"`ckpt` (={path}) was not saved by splitlearn: take a file of a run's checkpoints folder")
         return checkpoint
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or what a folder says of its files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def start_from(path: str, network: SplitNetwork) -> None:
