@@ -17,7 +17,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from helpers import make_rows, net
+from helpers import make_rows, net, smooth
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -46,6 +46,11 @@ TOLD = {
 def tiny(num_classes: int) -> nn.Sequential:
     """With batch norm in two and four dimensions, and dropout on both sides of a cut behind two blocks."""
     return net()
+
+
+def plain(num_classes: int) -> nn.Sequential:
+    """Without what depends on the mini-batch."""
+    return smooth()
 
 
 class Drifting(nn.Module):

@@ -65,8 +65,8 @@ def make_rows(num_rows: int) -> tuple[Tensor, Tensor]:
 class Losses(nn.CrossEntropyLoss):
     """Keeps the training losses, one a mini-batch."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)
         self.seen: list[Tensor] = []
 
     def forward(self, output: Tensor, labels: Tensor) -> Tensor:
@@ -115,6 +115,7 @@ def train(
     schedule: Mapping[str, object] = MappingProxyType({}),
     data: Mapping[str, object] = MappingProxyType({}),
     trainer: Mapping[str, object] = MappingProxyType({}),
+    loss: Mapping[str, object] = MappingProxyType({}),
     **learner: object,
 ) -> Run:
     """Train `net` for two epochs on 19 rows: ten steps, two of them short. Alices hand on, or as `schedule` says."""
@@ -122,7 +123,7 @@ def train(
     source = Source(TensorDataset(x, y), TensorDataset(x[:5], y[:5]), 3)
     sizes = {"batch_size": batch_size, "eval_batch_size": 3, "val_fraction": val_fraction}
     data = SplitData(source, layout, num_alices, seed=SEED, **sizes, **data)
-    wire, losses = Wire(), Losses()
+    wire, losses = Wire(), Losses(**loss)
     network = SplitNetwork(net() if model is None else model, layout, data, wire, SEED)
     wire.taps = list(taps)
     arranged = Schedule(data.takers, **{"alice": Handoff(optimizer_state), "seed": SEED, **schedule})

@@ -572,21 +572,22 @@ def test_parallel_with_personal_bottoms_equals_one_written_by_hand(make):
         assert differences(weights, bottoms[taker].state_dict()) == []
 
 
-def in_double(layout, make, schedule, data):
+def in_double(layout, make, schedule, data, **more):
     """Train in double precision, where what rounding leaves is far below what a mistake would."""
     double = {"precision": "64-true"}
-    return five_alices(layout, smooth(), make=make, schedule=schedule, data=data, trainer=double)
+    return five_alices(layout, smooth(), make=make, schedule=schedule, data=data, trainer=double, **more)
 
 
-def centralised(run, make):
+def centralised(run, make, **loss):
     """One net on the rows of all Alices of a step at once."""
+    criterion = nn.CrossEntropyLoss(**loss).double()
     x, y = make_rows(25)
     model = smooth().double()
     optimizer = make(model.parameters())
     for step in (step for steps in run.steps for step in steps):
         ids = torch.cat(list(step.batches.values()))
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x[ids].double()), y[ids]).backward()
+        criterion(model(x[ids].double()), y[ids]).backward()
         optimizer.step()
     return model.state_dict()
 
@@ -606,6 +607,31 @@ def test_large_batch_and_parallel_equal_centralised_on_all_their_rows_at_once(ma
     for layout in (two_party(BLOCKS, 1), u_shaped(BLOCKS, [1, 3])):
         parallel = in_double(layout, make, MEAN, data)
         assert distance(parallel.weights, centralised(parallel, make)) < 1e-12
+
+
+LOSSES = {
+    "class weights": {"weight": torch.tensor([1.0, 5.0, 0.25])},
+    "ignored labels": {"ignore_index": 1},
+    "a sum": {"reduction": "sum"},
+    "smoothed": {"weight": torch.tensor([1.0, 5.0, 0.25]), "label_smoothing": 0.2},
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_so_does_parallel_whatever_the_loss_divides_by(loss):
+    parallel = in_double(two_party(BLOCKS, 2), partial(torch.optim.SGD, lr=0.01), MEAN, UNEQUAL, loss=loss)
+    at_once = centralised(parallel, partial(torch.optim.SGD, lr=0.01), **loss)
+    assert distance(parallel.weights, at_once) < 1e-12
+    assert distance(at_once, centralised(parallel, partial(torch.optim.SGD, lr=0.01))) > 1e-4
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_so_do_micro_batches(loss):
+    precise = {"trainer": {"precision": "64-true"}, "loss": loss, "batch_size": 9}
+    make = partial(torch.optim.SGD, lr=0.01)
+    whole, parts = (train(two_party(BLOCKS, 2), smooth(), make=make, micro_batches=n, **precise) for n in (1, 4))
+    assert distance(parts.weights, whole.weights) < 1e-12
+    assert parts.learner.mean_loss == pytest.approx(whole.learner.mean_loss)
 
 
 def test_a_uniform_mean_is_another_one_where_mini_batches_are_unequal():

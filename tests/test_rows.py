@@ -8,6 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from helpers import BLOCKS, SEED, differences, make_rows, train
+from runs import make_learner, make_trainer
 from torch.utils.data import Dataset, TensorDataset
 from torchvision import transforms
 
@@ -15,6 +16,7 @@ from splitlearn.data import Source, SplitData
 from splitlearn.data.loader import EvalLoader, TurnLoader
 from splitlearn.data.partition import all_rows, by_file, columns, quantity
 from splitlearn.data.rows import InMemory, Normalise, Streamed, load
+from splitlearn.errors import DivergedError, InputError
 from splitlearn.layout import two_party, vertical
 from splitlearn.schedules.schedule import Schedule
 
@@ -489,3 +491,24 @@ def test_owners_of_columns_are_dealt_no_rows():
     with pytest.raises(ValueError, match=r"^`partition` \(=columns\) fits the layouts vertical and extended_vanilla"):
         SplitData(source, num_alices=2, partition=all_rows)
     assert len(SplitData(source, VERTICAL, partition=all_rows).shards["alices"]) == 14
+
+
+def test_a_value_that_is_not_finite_is_named_by_row_and_column(tmp_path):
+    x, y = torch.rand(20, 1, 4, 6), torch.arange(20) % 3
+    x[7, 0, 2, 5] = float("nan")
+    held, read = (
+        SplitData(Source(TensorDataset(x, y), TensorDataset(x[:5], y[:5]), 3), in_memory=here, val_fraction=0.0)
+        for here in (True, False)
+    )
+    with pytest.raises(InputError, match=r"^row 7, place \[0, 2, 5\] of the data is nan, which .*: mend it"):
+        make_trainer(tmp_path).fit(make_learner(held), datamodule=held)
+    with pytest.raises(DivergedError, match=r"`x` of row 7 of the data is nan itself, at \[0, 2, 5\]: mend it"):
+        make_trainer(tmp_path).fit(make_learner(read), datamodule=read)
+
+
+def test_so_it_is_by_the_name_of_a_column():
+    x, y = torch.rand(20, 4), torch.arange(20) % 3
+    x[3, 2] = float("inf")
+    data = SplitData(Source(TensorDataset(x, y), None, 3, ["a", "b", "pressure", "d"]), VERTICAL)
+    with pytest.raises(InputError, match=r"^row 3, column pressure of the data is inf"):
+        data._require_finite(data.rows)

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.callbacks import Callback, Checkpoint, ProgressBar
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from splitlearn.blocks import check_blocks
@@ -148,7 +150,7 @@ def _make_learner(cfg: DictConfig, network: SplitNetwork, schedule: Any, num_cla
         network,
         schedule,
         make(cfg.optimizer),
-        make(cfg.loss),
+        _make_loss(cfg.loss),
         num_classes,
         optimizers=overrides,
         gradient_clip_val=cfg.trainer.gradient_clip_val,
@@ -158,6 +160,13 @@ def _make_learner(cfg: DictConfig, network: SplitNetwork, schedule: Any, num_cla
         accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
         **make(cfg.scheduler),
     )
+
+
+def _make_loss(cfg: DictConfig) -> nn.Module:
+    """Lists are tensors: `loss.weight=[1,5]` are the weights of the classes."""
+    lists = {str(name): torch.tensor(list(v)).float() for name, v in cfg.items() if isinstance(v, ListConfig)}
+    unset = [str(name) for name, value in cfg.items() if value is None]
+    return make(_without(cfg, [*lists, *unset]), _partial_=True)(**lists)
 
 
 def _make_trainer(cfg: DictConfig) -> pl.Trainer:

@@ -19,13 +19,14 @@ from torch.optim import Optimizer
 
 from splitlearn.costs.flops import Meter
 from splitlearn.data.loader import Turns
-from splitlearn.errors import CURE, DivergedError
+from splitlearn.errors import DivergedError
 from splitlearn.layout import Party, Role
 from splitlearn.ledger import Ledger
 from splitlearn.network import Batch, SplitNetwork, micro
 from splitlearn.schedules.rounds import Rounds
 from splitlearn.schedules.schedule import Schedule
 from splitlearn.training.checks import (
+    blame,
     check_accumulation,
     check_finite,
     check_kind,
@@ -35,6 +36,7 @@ from splitlearn.training.checks import (
     described,
     warn_of_raw_rows,
 )
+from splitlearn.training.losses import Loss, MeanLoss
 from splitlearn.training.metrics import EpochLoss, Tally, means
 from splitlearn.training.optimizers import MakeOptimizer, Stepper, by_role, check_callbacks, options_of
 from splitlearn.training.pace import Pace, Stretch, go_on
@@ -90,6 +92,7 @@ class SplitLearner(pl.LightningModule):
         check_loss(loss, network.sample_output, num_classes, network.wire.hosts(network.layout.stages[-1].role))
         warn_of_raw_rows(network)
         self.network, self.layout, self.schedule, self.loss = network, network.layout, schedule, loss
+        self.means = MeanLoss(loss, schedule, self.layout, micro_batches)
         self.rounds = Rounds(schedule, network)
         self.makers = by_role(network, optimizer, optimizers or {}, scheduler)
         made = {role: make(network.parameters_of(role)) for role, make in self.makers.items()}
@@ -292,27 +295,30 @@ class SplitLearner(pl.LightningModule):
         for judge, alice in product(self.judges, [a for a in turns.finishes if a not in self.rounds.gone]):
             judge.on_alice_finished(self.trainer, self, alice)
 
-    def _pass(self, batch: Batch, cast: Mapping[Role, Party]) -> Tensor | None:
+    def _pass(self, batch: Batch, cast: Mapping[Role, Party]) -> Loss | None:
         """Forward and backward; return the loss, if it is here. Micro-batches all go forward, then all backward."""
-        passes = [(part, *self.network(part, cast)) for part in micro(batch, self.micro_batches)]
-        losses = []
-        for part, output, labels, tape in passes:
+        passes = [self.network(part, cast) for part in micro(batch, self.micro_batches)]
+        weights = [self.means.weight_of(output, labels) for output, labels, _ in passes if not output.is_meta]
+        parts: list[Tensor] = []
+        for output, labels, tape in passes:
             if output.is_meta:  # another process holds the loss
                 self.pace.prepare()  # which would cost time behind the wait
                 self.network.backward(None, tape)
                 continue
-            loss = self.loss(output, labels) * (len(part.ids) / len(batch.ids) if len(passes) > 1 else 1)
-            self.network.backward(self.stepper.before_backward(loss), tape)
-            losses.append(loss.detach())
-        return sum(losses[1:], losses[0]) if losses else None
+            loss = self.means.part(self.loss(output, labels), weights[len(parts)], weights)
+            share = self.means.share(cast.get("alice", ""), self.rounds.step)
+            self.network.backward(self.stepper.before_backward(loss * share), tape)
+            parts.append(loss.detach())
+        return self.means.join(parts, weights) if parts else None
 
     def _evaluate(self, batch: Batch, stage: str) -> list[Part]:
         parts: list[Part] = []
         for alice, output, labels, owners in (part for part in self.rounds.predict(batch) if not part[1].is_meta):
-            loss = self.loss(output, labels)
-            if not torch.isfinite(loss):
+            weight = self.means.weight_of(output, labels)
+            loss = self.means.join([self.loss(output, labels).detach()], [weight])
+            if not torch.isfinite(loss.total):
                 steps = self.trainer.global_step
-                raise DivergedError(f"{stage}/loss is {loss.item()} after {steps} mini-batches: {CURE}")
+                raise DivergedError(f"{stage}/loss is {loss.value.item()} after {steps} mini-batches: {blame(batch)}")
             self.tally.add(alice, loss, output, labels)
             parts.append({"output": output, "labels": labels, "owners": owners})
         return parts
@@ -320,5 +326,6 @@ class SplitLearner(pl.LightningModule):
     def _end_evaluation(self, stage: str) -> None:
         self.rounds.hide()  # here, since a checkpoint may be saved in the callbacks' on_validation_end
         self.network.wire.ledger = self.ledger
-        measured = means(self.network.wire.gather(self.tally.values()))
+        told = self.network.wire.gather_by_alice(self.tally.values(), self.layout.stages[-1].role)
+        measured = means(told)
         self.log_dict({f"{stage}/{name}": value for name, value in measured.items()}, prog_bar=True)

@@ -43,6 +43,8 @@ class Tap(Protocol):
 class Wire:
     """The wire inside one process, which plays every party. Counts the bytes of each payload in its ledger."""
 
+    party: Party = ""  # whom this process plays; empty: everybody
+
     def __init__(self) -> None:
         self.ledger = Ledger()
         self.taps: list[Tap] = []
@@ -78,6 +80,13 @@ class Wire:
     def gather(self, values: Any) -> list[Any]:
         """Return what every process has given, in the same order to all. `values` is what JSON can hold."""
         return [values]
+
+    def gather_by_alice(self, values: Mapping[Party, Any], holder: Role) -> dict[Party, Any]:
+        """Return what is known of each Alice's rows by the process that may know it, where `holder` holds the loss.
+
+        Nobody else is believed: what another process tells of them is passed over.
+        """
+        return dict(values)
 
     def _move(self, tensor: Tensor, src: Party, dst: Party, kind: str) -> Tensor:
         payload = tensor.detach()

@@ -90,7 +90,7 @@ class SplitData(pl.LightningDataModule):
         self.takers = takers
         _check(batch_size, eval_batch_size, val_fraction, test_fraction, augment, num_columns)
         self.batch_size, self.eval_batch_size, self.seed, self.augment = batch_size, eval_batch_size, seed, augment
-        self.num_classes = source.num_classes
+        self.num_classes, self.names_of_columns = source.num_classes, source.columns
         self.alike = _alike(source)
         self.ids: str | None = source.train.ids if isinstance(source.train, Part) else None
         self.names: Sequence[str] = source.train.names if isinstance(source.train, Part) else ()
@@ -205,6 +205,25 @@ class SplitData(pl.LightningDataModule):
         """Stretches pass Lightning unopened, so rows get the trainer's precision (`64-true`) and device here."""
         dtype = self.trainer.precision_plugin.convert_input(torch.zeros(())).dtype  # type: ignore[union-attr]
         rows.place(dtype, self.trainer.strategy.root_device)  # type: ignore[union-attr]
+        if isinstance(rows, InMemory):
+            self._require_finite(rows)
+
+    def _require_finite(self, rows: InMemory) -> None:
+        """Raises InputError for a value that no network can train on, with its row and column."""
+        for name, field in rows.fields.items():
+            if not field.is_floating_point() or bool(torch.isfinite(field).all()):
+                continue
+            index = (~torch.isfinite(field)).nonzero()[0].tolist()
+            value, (row, *place) = field[tuple(index)].item(), index
+            row = row if rows.places is None else int((rows.places == row).nonzero())
+            block = None if self.columns is None else self.columns[int(name[1:])]
+            column = place[-1] if block is None else int(block[place[-1]])
+            named = f"column {self.names_of_columns[column]}" if self.names_of_columns else f"place {place}"
+            where = "test rows" if rows is self.test_rows and rows is not self.rows else "data"
+            raise InputError(
+                f"row {self.names[row] if self.names else row}, {named} of the {where} is {value}, which no loss "
+                "survives: mend it, or leave the row out"
+            )
 
 
 def _alike(source: Source) -> dict[str, str]:

@@ -106,6 +106,15 @@ class RemoteWire(Wire):
             self._tell(told, party)
         return told
 
+    def gather_by_alice(self, values: Mapping[Party, Any], holder: Role) -> dict[Party, Any]:
+        told = zip(self.parties, self.gather(values), strict=True)
+        return {
+            alice: value
+            for party, each in told
+            for alice, value in each.items()
+            if party == (alice if holder == "alice" else holder)
+        }
+
     @property
     def _number(self) -> tuple[int, int]:
         return self.number[0], self.number[1]

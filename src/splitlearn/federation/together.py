@@ -48,13 +48,13 @@ class Together(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
         if trainer.state.fn == TrainerFn.FITTING:
-            self._tell(learner, {})  # so that all draw the accuracy over the same bytes
+            self._tell(learner)  # so that all draw the accuracy over the same bytes
 
     def on_train_epoch_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
         self.seconds = self._spent()
-        told = self._tell(learner, {"loss": learner.epoch_loss.sums})
-        for each in told:
-            learner.epoch_loss.sums.update(each["loss"])
+        self._tell(learner)
+        holder = learner.layout.stages[-1].role
+        learner.epoch_loss.sums = self.wire.gather_by_alice(learner.epoch_loss.sums, holder)
         scalars = {
             f"seconds/{what}/{party}": seconds
             for party, account in self.parties.items()
@@ -64,7 +64,7 @@ class Together(Callback):
             logger.log_metrics(scalars, step=trainer.global_step)
 
     def on_test_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
-        self._tell(learner, {})
+        self._tell(learner)
 
     def epoch_costs(self) -> dict[str, Any]:
         """What results.json has of it for each epoch."""
@@ -78,15 +78,12 @@ class Together(Callback):
         seconds = {"computing": time.perf_counter() - self.began - sum(self.wire.seconds.values()), **self.wire.seconds}
         return {what: round(self.earlier.get(what, 0.0) + value, 3) for what, value in seconds.items()}
 
-    def _tell(self, learner: SplitLearner, more: dict[str, Any]) -> list[dict[str, Any]]:
+    def _tell(self, learner: SplitLearner) -> None:
         wire = self.wire
         learner.rounds.settle()  # nothing else may be under way when notes are told
         tables = [learner.ledger.table(), learner.evaluation_ledger.table()]
-        own = {"party": wire.party, "seconds": self.seconds, "overhead_bytes": dict(wire.overhead)}
-        told = wire.gather({"own": own, "tables": tables, **more})
-        for each in told:
-            party = each["own"].pop("party")
+        own = {"seconds": self.seconds, "overhead_bytes": dict(wire.overhead)}
+        for party, each in zip(wire.parties, wire.gather({"own": own, "tables": tables}), strict=True):
             self.parties[party] = each["own"]
             for ledger, table in zip((learner.ledger, learner.evaluation_ledger), each["tables"], strict=True):
                 ledger.hear(table, party, wire.party)
-        return told

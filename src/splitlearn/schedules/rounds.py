@@ -36,6 +36,7 @@ class Rounds:
         self.num_rows = 0
         self.turns: dict[Party, None] = {}  # who has had one, the latest last
         self.gone: frozenset[Party] = frozenset()
+        self.step: dict[Party, Batch] = {}  # the one at hand
         roles = [role for role in network.layout.roles if network.wire.hosts(role)]
         self.sharings = {role: copy.deepcopy(schedule.alice if role == "alice" else schedule.bob) for role in roles}
         self.lives = {role: Live(role, network.segments_of(role), network.wire) for role in roles}
@@ -51,7 +52,8 @@ class Rounds:
 
     def present(self, batches: Mapping[Party, Batch]) -> Iterator[tuple[Party, Batch]]:
         """The mini-batches of a step, without those of Alices who are gone."""
-        return ((alice, batch) for alice, batch in batches.items() if alice not in self.gone)
+        self.step = {alice: batch for alice, batch in batches.items() if alice not in self.gone}
+        return iter(self.step.items())
 
     @property
     def halfway(self) -> bool:

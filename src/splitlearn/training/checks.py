@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from splitlearn.errors import CURE, DivergedError, InputError, check_whole
 from splitlearn.layout import Role
-from splitlearn.network import SplitNetwork
+from splitlearn.network import Batch, SplitNetwork
 
 
 def check_settings(interval: str, clip_val: float | None, steps_per_execution: int, micro_batches: int) -> None:
@@ -61,6 +62,7 @@ def check_loss(loss: nn.Module, output: Tensor, num_classes: int, known: bool) -
         )
     if not known:
         return
+    _try(loss, output)
     logs = torch.allclose(output.float().exp().sum(1), torch.ones(len(output)), atol=1e-3)
     if isinstance(loss, nn.NLLLoss) and not logs:
         cure = "end the model in LogSoftmax, or use CrossEntropyLoss"
@@ -69,6 +71,25 @@ def check_loss(loss: nn.Module, output: Tensor, num_classes: int, known: bool) -
     if isinstance(loss, nn.CrossEntropyLoss) and (logs or (probabilities and bool((output >= 0).all()))):
         cure = "drop the model's last Softmax, or use NLLLoss with LogSoftmax"
         raise ValueError(f"`loss` (=CrossEntropyLoss) takes logits: {cure}")
+
+
+def _try(loss: nn.Module, output: Tensor) -> None:
+    """Raises ValueError for a loss that does not take what the network computes for a few rows and their labels."""
+    name, rows = type(loss).__name__, output.detach().float().cpu().requires_grad_()
+    labels = torch.arange(len(rows)) % rows.shape[1]
+    cure = "take a loss of (output [N, classes], labels [N] int64), such as CrossEntropyLoss, or mend its options"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch only warns of shapes that it stretches to fit
+            value = loss(rows, labels)
+    except Exception as error:  # whatever a user's own loss may raise
+        shapes = f"an output of shape {list(rows.shape)} and labels of shape {list(labels.shape)}"
+        raise ValueError(f"`loss` (={name}) does not take {shapes} ({error}): {cure}") from error
+    if not isinstance(value, Tensor) or value.ndim:
+        shape = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"`loss` (={name}) must be one number, not of {shape}: {cure}")
+    if not value.requires_grad:
+        raise ValueError(f"`loss` (={name}) has no gradient with respect to the output: {cure}")
 
 
 def warn_of_raw_rows(network: SplitNetwork) -> None:
@@ -113,6 +134,19 @@ def described(value: object) -> str:
     if isinstance(value, str | int | float | list | tuple | dict | None):
         return str(value)
     return str(getattr(value, "__qualname__", type(value).__name__))
+
+
+def blame(batch: Batch) -> str:
+    """Where the first value of a mini-batch stands that is not finite, and the cure; else the loss has diverged.
+
+    Of the fields that are at hand: with one process per party each sees its own.
+    """
+    for name, field in batch.fields.items():
+        if field.is_floating_point() and not bool(torch.isfinite(field).all()):
+            index = (~torch.isfinite(field)).nonzero()[0].tolist()
+            row, value = batch.ids[index[0]].item(), field[tuple(index)].item()
+            return f"`{name}` of row {row} of the data is {value} itself, at {index[1:]}: mend it, or leave the row out"
+    return CURE
 
 
 def check_finite(module: nn.Module, num_steps: int) -> None:

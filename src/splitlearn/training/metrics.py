@@ -3,54 +3,61 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from splitlearn.errors import CURE, DivergedError
+from splitlearn.errors import DivergedError
 from splitlearn.layout import Party
 from splitlearn.network import Batch
+from splitlearn.training.checks import blame
+from splitlearn.training.losses import Loss
 
 
 class EpochLoss:
-    """The training loss of an epoch so far: `sums` of it over the rows by the Alice in whose turns they came.
+    """The training loss of an epoch so far: by the Alice in whose turns it came, its total and what that is divided by.
 
     `last` is the latest loss. In a process that does not hold the loss the sums are missing, until they are told.
     """
 
     def __init__(self) -> None:
-        self.sums: dict[Party, float] = {}
-        self.num_rows, self.last = 0, math.nan
+        self.sums: dict[Party, list[float]] = {}
+        self.last = math.nan
 
     @property
     def mean(self) -> float:
-        """The mean over the rows; NaN where nothing is known of it."""
-        return math.fsum(self.sums.values()) / self.num_rows if self.sums else math.nan
+        """The mean over what the loss divides by; NaN where nothing is known of it."""
+        weight = math.fsum(weight for _, weight in self.sums.values())
+        return math.fsum(total for total, _ in self.sums.values()) / weight if weight else math.nan
 
-    def add(self, losses: Sequence[tuple[Party, Batch, Tensor | None]]) -> None:
+    def add(self, losses: Sequence[tuple[Party, Batch, Loss | None]]) -> None:
         """Look at the losses of a stretch, all at once: on a GPU each look waits for it.
 
         Raises DivergedError for a loss that is not finite.
         """
-        self.num_rows += sum(len(batch.ids) for _, batch, _ in losses)
         held = [(alice, batch, loss) for alice, batch, loss in losses if loss is not None]  # others hold the rest
-        values = torch.stack([loss for *_, loss in held]).tolist() if held else []
-        for (alice, batch, _), value in zip(held, values, strict=True):
+        values = torch.stack([loss.value for *_, loss in held]).tolist() if held else []
+        for (alice, batch, loss), value in zip(held, values, strict=True):
+            weight = float(loss.weight)
             if not math.isfinite(value):
-                raise DivergedError(
-                    f"the loss is {value} in the turn of {alice} at epoch {batch.number[0]}, mini-batch "
-                    f"{batch.number[1]}: {CURE}"
-                )
-            self.sums[alice] = self.sums.get(alice, 0.0) + value * len(batch.ids)
+                where = f"in the turn of {alice} at epoch {batch.number[0]}, mini-batch {batch.number[1]}"
+                if weight == 0:
+                    raise DivergedError(
+                        f"the loss is {value} {where}, all labels of which weigh nothing: leave these rows out, take "
+                        "larger mini-batches, or weigh every class in `loss.weight`"
+                    )
+                raise DivergedError(f"the loss is {value} {where}: {blame(batch)}")
+            total, before = self.sums.get(alice, (0.0, 0.0))
+            self.sums[alice] = [total + (value if loss.total is loss.value else value * weight), before + weight]
             self.last = value
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums, "num_rows": self.num_rows}
+        return {"sums": self.sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sums, self.num_rows = dict(state["sums"]), state["num_rows"]
+        self.sums = dict(state["sums"])
 
 
 class Tally:
@@ -63,10 +70,11 @@ class Tally:
         self.sums: dict[Party, list[Tensor]] = {}
 
     @torch.no_grad()
-    def add(self, alice: Party, loss: Tensor, output: Tensor, labels: Tensor) -> None:
-        """`loss` is the mean over the rows of `output` [B, classes] and `labels` [B]."""
+    def add(self, alice: Party, loss: Loss, output: Tensor, labels: Tensor) -> None:
+        """`loss` is that of the rows of `output` [B, classes] and `labels` [B]."""
         correct = (output.argmax(1) == labels).sum()
-        new = [loss.detach().float() * len(labels), correct, torch.full_like(correct, len(labels))]
+        weight = torch.as_tensor(loss.weight, device=correct.device)
+        new = [loss.total.float(), weight, correct, torch.full_like(correct, len(labels))]
         old = self.sums.get(alice)
         self.sums[alice] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
 
@@ -75,10 +83,9 @@ class Tally:
         return {alice: [value.item() for value in sums] for alice, sums in self.sums.items()}
 
 
-def means(tallies: Iterable[Mapping[Party, list[float]]]) -> dict[str, Any]:
-    """Return the mean loss and the accuracy of all the rows that processes have added up."""
-    together = {alice: sums for tally in tallies for alice, sums in tally.items()}
+def means(together: Mapping[Party, list[float]]) -> dict[str, Any]:
+    """Return the mean loss and the accuracy of all the rows of each Alice that processes have added up."""
     if not together:  # all rows are of Alices who are gone
         return {}
-    loss, correct, num_rows = map(sum, zip(*(together[alice] for alice in sorted(together)), strict=True))
-    return {"loss": torch.tensor(loss) / num_rows, "accuracy": torch.tensor(float(correct)) / num_rows}
+    loss, weight, correct, num_rows = map(sum, zip(*(together[alice] for alice in sorted(together)), strict=True))
+    return {"loss": torch.tensor(loss) / weight, "accuracy": torch.tensor(float(correct)) / num_rows}

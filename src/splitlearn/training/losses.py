@@ -1,0 +1,119 @@
+"""What the mean of a loss is over: the rows, the weights of their classes, or nothing, where it is a sum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
+
+from splitlearn.layout import Layout, Party
+from splitlearn.network import Batch
+from splitlearn.schedules.aggregation import MeanGradient
+from splitlearn.schedules.schedule import Schedule
+
+Weight = int | Tensor
+
+
+class Loss(NamedTuple):
+    """The loss of some rows without a graph, and what it adds to the `total` and `weight` of a mean over more rows."""
+
+    value: Tensor
+    total: Tensor
+    weight: Weight
+
+
+class MeanLoss:
+    """A loss module, and how its values go together: of micro-batches, of Alices, of an epoch, of a validation.
+
+    torch's cross-entropy and NLL, and what is derived from them, divide by the class weights of the labels that are not
+    `ignore_index` (a class: data refuse labels below 0), its other losses by the rows. With `reduction=sum` values add
+    up, and for a mean are divided by the rows. A loss of one's own says what it divides by in a method
+    `weight_of(output, labels)`; without, nothing is known of it, and means that are only logged are taken over rows.
+
+    Arguments:
+        module: (output, labels) to a scalar.
+        schedule, layout: whose gradients are averaged, and who knows the labels.
+        micro_batches: parts of a mini-batch.
+
+    Raises ValueError where gradients would be put together by weights that nobody knows.
+    """
+
+    def __init__(self, module: nn.Module, schedule: Schedule, layout: Layout, micro_batches: int = 1) -> None:
+        self.module = module
+        self.adds_up = getattr(module, "reduction", "mean") == "sum"
+        sharings = [sharing for sharing in (schedule.alice, schedule.bob) if isinstance(sharing, MeanGradient)]
+        self.joins = len(schedule.takers) > 1 and any(sharing.weighting == "samples" for sharing in sharings)
+        self._check(layout, micro_batches)
+
+    def weight_of(self, output: Tensor | None, labels: Tensor) -> Weight:
+        """What the loss of these rows divides by; where it adds up, and where nothing is known, their number."""
+        if hasattr(self.module, "weight_of"):
+            return self.module.weight_of(output, labels)  # type: ignore[operator]
+        if not self._weighs or labels.is_floating_point():
+            return len(labels)
+        module: Any = self.module
+        known = labels != module.ignore_index
+        if module.weight is None:
+            return known.sum()
+        return torch.where(known, module.weight[torch.where(known, labels, 0)], 0.0).sum()
+
+    def part(self, value: Tensor, weight: Weight, weights: Sequence[Weight]) -> Tensor:
+        """What the loss of a micro-batch contributes to that of the mini-batch, whose parts have these `weights`."""
+        if len(weights) == 1 or self.adds_up:
+            return value
+        if isinstance(weight, Tensor):  # the mean over labels that are all ignored is NaN, its gradients are zeros
+            return torch.where(weight > 0, value * (weight / sum(weights)), 0.0)
+        return value * (weight / sum(weights))
+
+    def join(self, parts: Sequence[Tensor], weights: Sequence[Weight]) -> Loss:
+        """The loss of rows whose `parts` have been made ready by `part`."""
+        value, weight = sum(parts[1:], parts[0]), sum(weights[1:], weights[0])
+        if self.adds_up:
+            return Loss(value, value, weight)
+        if isinstance(weight, Tensor):
+            if self.module.weight is None:  # where all labels are ignored, torch's mean is NaN and its gradients zeros
+                value = torch.where(weight > 0, value, 0.0)
+            return Loss(value, value * weight, weight)
+        return Loss(value, value * weight, weight)
+
+    def share(self, alice: Party, step: Mapping[Party, Batch]) -> float | Tensor:
+        """By what her loss is multiplied, so that the mean of gradients by samples is the gradient of the whole step.
+
+        `step` are the mini-batches of all who take part in it.
+        """
+        if not self.joins or len(step) == 1 or not (self.adds_up or self._weighs):
+            return 1
+        rows = {party: len(batch.ids) for party, batch in step.items()}
+        mean_rows = sum(rows.values()) / rows[alice]
+        if self.adds_up:
+            return mean_rows
+        weights = {party: self.weight_of(None, batch.fields["y"]) for party, batch in step.items()}
+        return mean_rows * weights[alice] / sum(weights.values())
+
+    @property
+    def _weighs(self) -> bool:
+        """Whether torch's own loss weighs labels, rather than rows alike."""
+        module: Any = self.module
+        if self.adds_up or not isinstance(module, nn.CrossEntropyLoss | nn.NLLLoss):
+            return False
+        return module.weight is not None or module.ignore_index >= 0
+
+    def _check(self, layout: Layout, micro_batches: int) -> None:
+        name, owner, holder = type(self.module).__name__, layout.owners["y"], layout.stages[-1].role
+        if getattr(self.module, "reduction", "mean") == "none":
+            raise ValueError(f"`loss` (={name}) must be one number: take reduction=mean or sum, not none")
+        own = not isinstance(self.module, _Loss)
+        parts = "`micro_batches`" if micro_batches > 1 else "`schedule`, a mean of gradients" if self.joins else None
+        if own and parts and not hasattr(self.module, "weight_of"):
+            raise ValueError(
+                f"`loss` (={name}) must say what it divides by, since {parts} puts parts of it together: give it a "
+                "method weight_of(output, labels), len(labels) if it is a mean over rows"
+            )
+        if self.joins and (own or self._weighs) and (owner == "alice" or holder != owner):
+            raise ValueError(
+                f"`loss` (={name}) weighs labels that only each Alice knows, and the schedule takes the mean of their "
+                "gradients: take a layout in which bob has the labels, or weighting=uniform"
+            )

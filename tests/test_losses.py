@@ -1,0 +1,122 @@
+"""A loss over all rows is the loss of all rows at once, whatever it divides by; one that does not fit is one line."""
+
+import pytest
+import torch
+from federated import run_tiny, source
+from helpers import make_network, net, smooth
+from torch import Tensor, nn
+
+from splitlearn.errors import InputError
+from splitlearn.federation.remote_wire import RemoteWire
+from splitlearn.layout import two_party, u_shaped
+from splitlearn.learner import SplitLearner
+from splitlearn.schedules.aggregation import MeanGradient
+from splitlearn.schedules.schedule import Schedule
+from splitlearn.train import train
+
+NAMES = ("block1", "block2", "block3", "head")
+TWO, U = two_party(NAMES, 2), u_shaped(NAMES, [1, 3])
+WEIGHT = torch.tensor([1.0, 5.0, 0.5])
+OPTIONS = {
+    "a sum": (["+loss.reduction=sum"], {}),
+    "class weights": (["loss.weight=[1,5,0.5]"], {"weight": WEIGHT}),
+    "an ignored class": (["+loss.ignore_index=2"], {"ignore_index": 2}),
+}
+
+
+@pytest.mark.parametrize(("asked", "options"), OPTIONS.values(), ids=OPTIONS)
+def test_the_losses_of_an_epoch_and_of_a_test_are_those_of_all_rows(asked, options, configure, tmp_path):
+    """With a rate of zero all rows see one network; of one mini-batch the mean is torch's own."""
+    still = ["optimizer=sgd", "optimizer.lr=0", "model._target_=federated.plain", "trainer.max_epochs=1"]
+    small, large = (
+        run_tiny(configure, tmp_path / size, *still, *asked, f"data.batch_size={size}", f"data.eval_batch_size={size}")
+        for size in ("4", "64")
+    )
+    for name in ("train/loss", "val/loss"):
+        assert small["epochs"][0][name] == pytest.approx(large["epochs"][0][name], rel=1e-5)
+    x, y = source().test.tensors
+    state = torch.load(tmp_path / "64" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    model = smooth()
+    model.load_state_dict({name.split(".", 3)[3]: value for name, value in state.items() if ".segments." in name})
+    expected = nn.CrossEntropyLoss(**options)(model(x), y).item()
+    assert small["test"]["test/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("asked", [asked for asked, _ in OPTIONS.values()], ids=OPTIONS)
+@pytest.mark.parametrize("schedule", ["sequential", "parallel"])
+@pytest.mark.slow
+def test_processes_have_the_simulators_losses_and_weights(schedule, asked, configure, tmp_path):
+    common = [f"schedule={schedule}", "num_alices=2", "optimizer=sgd", "optimizer.lr=0.01", *asked]
+    simulated = run_tiny(configure, tmp_path / "simulated", *common)
+    assert run_tiny(configure, tmp_path / "processes", *common, "engine=processes") == simulated
+
+
+class Own(nn.Module):
+    def forward(self, output: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output, labels)
+
+
+class Told(Own):
+    def weight_of(self, output: Tensor, labels: Tensor) -> int:
+        return len(labels)
+
+
+class Constant(nn.Module):
+    def forward(self, output: Tensor, labels: Tensor) -> Tensor:
+        return torch.zeros(())
+
+
+def learner(loss: nn.Module, layout=TWO, alice=None, **settings) -> SplitLearner:
+    turns = {"turn": "step", "alice": alice, "bob": MeanGradient()} if alice else {}
+    schedule = Schedule(("alice0", "alice1"), **turns)
+    sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1)  # noqa: E731
+    return SplitLearner(make_network(layout, net()), schedule, sgd, loss, 3, **settings)
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings", "message"),
+    [
+        (nn.CrossEntropyLoss(reduction="none"), {}, r"`loss` \(=CrossEntropyLoss\) must be one number"),
+        (nn.MSELoss(), {}, r"`loss` \(=MSELoss\) does not take an output of shape \[2, 3\] and labels of shape \[2\]"),
+        (nn.BCEWithLogitsLoss(), {}, r"`loss` \(=BCEWithLogitsLoss\) does not take"),
+        (nn.CrossEntropyLoss(weight=torch.ones(2)), {}, r"`loss` \(=CrossEntropyLoss\) does not take .*weight"),
+        (Constant(), {}, r"`loss` \(=Constant\) has no gradient"),
+        (Own(), {"micro_batches": 2}, r"`loss` \(=Own\) must say what it divides by, since `micro_batches`"),
+        (Own(), {"alice": MeanGradient()}, r"`loss` \(=Own\) must say what it divides by, since `schedule`"),
+        (
+            nn.CrossEntropyLoss(WEIGHT),
+            {"layout": U, "alice": MeanGradient()},
+            "weighs labels that only each",
+        ),
+    ],
+)
+def test_a_loss_that_does_not_fit_is_told_in_one_line(loss, settings, message):
+    with pytest.raises(ValueError, match=message):
+        learner(loss, **settings)
+
+
+def test_a_loss_that_fits_is_taken():
+    learner(Own())
+    learner(Told(), micro_batches=2)
+    learner(Told(), alice=MeanGradient())
+    learner(nn.CrossEntropyLoss(WEIGHT), alice=MeanGradient())
+
+
+def test_class_weights_come_from_the_command_line(configure, tmp_path):
+    train(configure("loss.weight=[1,1,1,1,1,1,1,1,1,5]", "trainer.max_epochs=1", "trainer.limit_train_batches=2"))
+    with pytest.raises(InputError, match=r"^`loss` \(=NLLLoss\) does not take .*weight"):
+        train(configure("loss.weight=[1,5]"))
+
+
+def test_nobody_is_believed_but_who_holds_the_loss():
+    """Alice tells Bob of a loss and an accuracy that no rows have had."""
+    wire = RemoteWire("bob")
+    wire.parties = ["bob", "alice0", "alice1"]
+    wire.gather = lambda values: [
+        values,
+        {"alice0": [-794.9, 1, 1, 1], "alice1": [0, 0, 0, 9]},
+        {"alice1": [1, 1, 1, 1]},
+    ]
+    assert wire.gather_by_alice({"alice0": [2.0, 4, 3, 4]}, "bob") == {"alice0": [2.0, 4, 3, 4]}
+    told = wire.gather_by_alice({}, "alice")  # in a U each holds hers
+    assert told == {"alice0": [-794.9, 1, 1, 1], "alice1": [1, 1, 1, 1]}
