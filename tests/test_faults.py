@@ -195,7 +195,7 @@ def test_a_signal_ends_all_and_all_say_who_was_stopped(wire, party, by, configur
         log = (tmp_path / f"{one}.log").read_text()
         assert "Traceback" not in log
         told = re.findall(
-            rf"splitlearn: {party} was stopped by {SIGNALS[by]} at about mini-batch \d+. To go on fro.*", log
+            rf"splitlearn: {party} was stopped by {SIGNALS[by]} at about mini-batch \d+\. To go on .*", log
         )
         assert len(told) == 1, log
         assert re.search(rf"from mini-batch (4|8|12), the newest snapshot of all, .* ckpt={tmp_path}/{one}$", told[0])

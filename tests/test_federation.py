@@ -3,6 +3,7 @@
 import json
 import queue
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -13,21 +14,26 @@ from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from federated import TINY, TOLD, results_of, run_tiny
 from helpers import BLOCKS as NET
 from helpers import make_network
+from omegaconf import OmegaConf
 
 from splitlearn.certificates import make_certificates
 from splitlearn.errors import InputError
+from splitlearn.federation.frame import FrameError
 from splitlearn.federation.greetings import agree, check_greeting, check_welcome, warn_of_threads
-from splitlearn.federation.launch import _as_rank, _take_gpu, shared_by_all
-from splitlearn.federation.party import Attempt, Federation, parties_of
+from splitlearn.federation.launch import _as_rank, _play_of, _take_gpu, shared_by_all
+from splitlearn.federation.party import LOST, Attempt, Federation, parties_of
 from splitlearn.federation.processes import PartyLostError, Processes
+from splitlearn.federation.remote_wire import RemoteWire
 from splitlearn.federation.snapshots import newest_common, path_of, steps_in
-from splitlearn.federation.streams import DifferenceError
+from splitlearn.federation.streams import AgainError, DifferenceError
 from splitlearn.federation.wiring import GlooWiring, GrpcWiring
 from splitlearn.layout import multi_hop, two_party, u_shaped, vertical, whole
+from splitlearn.learner import SplitLearner
 from splitlearn.schedules.aggregation import Average, MeanGradient
 from splitlearn.schedules.schedule import Schedule
 from splitlearn.schedules.sharing import Handoff, Personal
@@ -318,6 +324,12 @@ def test_settings_out_of_range(settings, message):
     ("asked", "message"),
     [
         (["trainer.max_time=00:01:00:00"], r"`trainer.max_time` .* take trainer.max_steps"),
+        (["trainer.val_check_interval=00:00:01:00"], "`trainer.val_check_interval` .* take a number of mini-batches"),
+        (["+trainer.val_check_interval.seconds=9"], "`trainer.val_check_interval` .* take a number of mini-batches"),
+        (
+            ["+callbacks.checkpoint.train_time_interval={_target_: datetime.timedelta, seconds: 1}"],
+            "`callbacks.checkpoint.train_time_interval` .* take every_n_train_steps",
+        ),
         (["link=wan"], "`link` predicts in the simulator"),
         (["ckpt=nowhere"], r"`ckpt` \(=nowhere\) must be the folder of a run"),
         (["layout.cut=9"], r"`layout.cut` \(=9\) must lie between 1 and 3"),
@@ -462,3 +474,89 @@ def test_a_slow_link_takes_as_long_as_the_link_model_predicts(configure, tmp_pat
     parties = json.loads((tmp_path / "alice0" / "results.json").read_text())["parties"]
     assert predicted > 20 * 0.04
     assert parties["alice0"]["seconds"]["waiting"] == pytest.approx(predicted, rel=0.2)
+
+
+def test_a_terminal_with_one_party_shows_what_the_simulators_does(configure, tmp_path):
+    cfg = configure(*TINY, "trainer.enable_progress_bar=true")
+
+    def shown(party: str, *parties: str) -> dict:
+        own = OmegaConf.create(_play_of(cfg, Processes(), party, [*parties], tmp_path).args[0])
+        return {"bar": own.trainer.enable_progress_bar, "drawing": "drawing" in own.callbacks}
+
+    assert shown("alice0", "alice0") == {"bar": True, "drawing": True}
+    assert shown("bob", "bob", "alice0") == {"bar": True, "drawing": False}  # it was drawn by who started them
+    assert shown("alice0", "bob", "alice0") == {"bar": False, "drawing": False}
+
+
+def test_who_is_waited_for_is_said_once_in_a_wait(capsys, monkeypatch):
+    monkeypatch.setattr("splitlearn.federation.party.LONG", 0.05)
+    federation = Federation(Attempt("bob", "127.0.0.1:0", alone=True), GlooWiring(), 1, 1, 1, None)
+    threading.Thread(target=federation._tell_waits, daemon=True).start()
+    for awaited in (("alice0", 0.0), ("alice1", time.perf_counter() + 60), ("alice0", 1.0), None):
+        federation.wire.awaited = awaited
+        time.sleep(0.3)
+    assert capsys.readouterr().err == 2 * "splitlearn: bob: waits for alice0\n"
+
+
+def test_what_is_awaited_is_known_while_it_is():
+    wire, seen = RemoteWire("bob"), []
+
+    def receive_head(src: str) -> bytes:
+        seen.append(wire.awaited[0])
+        return b""
+
+    wire.connect(SimpleNamespace(receive_head=receive_head), ["bob", "alice0"], bytes(16))
+    with pytest.raises(FrameError):
+        wire._hear("alice0")
+    assert (seen, wire.awaited) == (["alice0"], None)
+
+
+def test_a_loss_is_noticed_before_the_trainer_has_begun(monkeypatch):
+    posted, ended = [], []
+    federation = Federation(Attempt("bob", "127.0.0.1:0"), GlooWiring(), 1, 1, 1, posted.append)
+    monkeypatch.setattr("os._exit", ended.append)
+    federation._lost("alice0", "died")
+    federation.trainer, federation.learner = pl.Trainer(logger=False), SplitLearner.__new__(SplitLearner)
+    federation._lost("alice0", "died")
+    federation.stopped(signal.SIGTERM)
+    assert posted[:2] == 2 * [{"lost": "alice0", "why": "died", "step": 0}]
+    assert posted[2:] == [{"lost": "bob", "why": "was stopped by SIGTERM", "step": 0}]
+    assert ended == [LOST, LOST, 128 + signal.SIGTERM]
+
+
+@pytest.mark.parametrize(
+    ("waits", "alone", "tries"), [(False, True, 1), (False, False, 1), (True, True, 3), (True, False, 1)]
+)
+def test_who_could_not_join_tries_again_where_parties_are_waited_for(waits, alone, tries, monkeypatch, capsys):
+    """With one command for all, who started it starts all again."""
+    joins, lost = [], []
+
+    class Refused:
+        def __init__(self, *terms) -> None:
+            pass
+
+        def join(self, greeting, timeout, check):
+            joins.append(greeting)
+            if len(joins) < 3:
+                raise AgainError("bob ended", "bob")
+            return "welcome"
+
+        def drop(self) -> None:
+            pass
+
+    def give_up(party, why):
+        lost.append(party)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("splitlearn.federation.party.Member", Refused)
+    monkeypatch.setattr("splitlearn.federation.party.TRY_AGAIN", 0.01)
+    federation = Federation(Attempt("alice0", "127.0.0.1:1", alone=alone), GlooWiring(), 1, 10, 1, None)
+    federation.waits, federation.identity, federation._lost = waits, None, give_up
+    federation.data = SimpleNamespace(names=())
+    if tries == 3:
+        assert federation._join("bob", 1, {}, None)[1] == "welcome"
+        assert capsys.readouterr().err == "splitlearn: alice0: bob ended; tries again\n"
+    else:
+        with pytest.raises(KeyboardInterrupt if waits else AgainError):
+            federation._join("bob", 1, {}, None)
+    assert (len(joins), lost) == (tries, ["bob"] if waits and not alone else [])

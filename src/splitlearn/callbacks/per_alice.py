@@ -76,7 +76,7 @@ class Judge(Callback):
             return
         counts = {alice: counts.tolist() for alice, counts in self.by_label.items()}
         told = learner.network.wire.gather_by_alice(counts, learner.layout.stages[-1].role)
-        by_label = {alice: torch.tensor(told[alice]) for alice in self.by_label}
+        by_label = {alice: torch.tensor(told[alice]) for alice in self.by_label if alice in told}
         for alice, (correct, total) in by_label.items():
             learner.log(f"val/accuracy_after/{alice}", correct.sum() / total.sum())
         learner.log("val/performance_gap", performance_gap(torch.stack(list(by_label.values()))))

@@ -45,7 +45,9 @@ class ProgressBar(TQDMProgressBar):
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
-        return {**metrics, "loss": f"{pl_module.mean_loss:.3f}"} if isinstance(pl_module, SplitLearner) else metrics
+        if not isinstance(pl_module, SplitLearner) or math.isnan(pl_module.mean_loss):  # another party has it
+            return metrics
+        return {**metrics, "loss": f"{pl_module.mean_loss:.3f}"}
 
 
 class Drawing(Callback):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from splitlearn.errors import InputError
+from splitlearn.training.stopping import unblock
 
 Fields = dict[str, Tensor]
 """Data fields by name: `x` [B, ...] (or its columns `x0`, `x1`, ...) and `y` [B] int64."""
@@ -132,6 +133,7 @@ class Streamed:
             num_workers=self.num_workers,
             collate_fn=partial(_collate, num_classes=self.num_classes),
             multiprocessing_context=multiprocessing.get_all_start_methods()[0] if self.num_workers else None,
+            worker_init_fn=unblock,  # else a worker would not end by SIGTERM, and be waited for
             pin_memory=device.type == "cuda",
         )
         read = iter(loader)

@@ -43,8 +43,7 @@ LOCAL = (
     *("trainer.accelerator", "trainer.devices", "trainer.enable_progress_bar", "trainer.default_root_dir"),
     *("trainer.profiler", "trainer.benchmark", "trainer.log_every_n_steps", "trainer.enable_model_summary"),
 )
-# Of the simulator alone: Ctrl-C reaches the process that starts the others, and the drawing is of all parties.
-NOT_HERE = ("splitlearn.callbacks.run.Interrupt", "splitlearn.callbacks.run.Drawing")
+INTERRUPT, DRAWING = "splitlearn.callbacks.run.Interrupt", "splitlearn.callbacks.run.Drawing"
 COLUMN_OWNERS = ("vertical", "extended_vanilla")
 # Of these one line says enough.
 EXPECTED = (InputError, DivergedError, MisconfigurationException, FrameError, SealError)
@@ -128,6 +127,17 @@ def _check(cfg: DictConfig, engine: Processes) -> None:
             f"`trainer.max_time` (={cfg.trainer.max_time}) would stop each process at another mini-batch: "
             "take trainer.max_steps or trainer.max_epochs"
         )
+    if isinstance(cfg.trainer.val_check_interval, str | DictConfig):
+        raise InputError(
+            f"`trainer.val_check_interval` (={cfg.trainer.val_check_interval}) would validate at another mini-batch in "
+            "each process: take a number of mini-batches, or a share of an epoch"
+        )
+    for name, callback in cfg.callbacks.items():
+        if callback.get("train_time_interval") is not None:
+            raise InputError(
+                f"`callbacks.{name}.train_time_interval` (={callback.train_time_interval}) would save at another "
+                "mini-batch in each process: take every_n_train_steps"
+            )
     if any(str(callback.get("_target_")).endswith(".Timer") for callback in cfg.callbacks.values()):
         raise InputError("a Timer would stop each process at another mini-batch: take trainer.max_steps")
     if engine.on_failure == "skip" and str(cfg.layout._target_).endswith(COLUMN_OWNERS):
@@ -185,7 +195,9 @@ def _play_of(cfg: DictConfig, engine: Processes, party: Party, parties: list[Par
             own.wire.certificates = f"{cfg.wire.certificates}/{party}"
         _take_gpu(own, parties.index(party))
         own.trainer.enable_progress_bar = bool(cfg.trainer.enable_progress_bar) and party == parties[0]
-    for name in [name for name, callback in own.callbacks.items() if callback["_target_"] in NOT_HERE]:
+    # A process of a party is told of Ctrl-C in another way; who starts all has drawn them.
+    not_here = (INTERRUPT, DRAWING) if len(parties) > 1 else (INTERRUPT,)
+    for name in [name for name, callback in own.callbacks.items() if callback["_target_"] in not_here]:
         own.callbacks.pop(name)
     OmegaConf.resolve(own)
     return partial(play, OmegaConf.to_yaml(own), engine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from tqdm import tqdm
 
 from splitlearn.data import SplitData
 from splitlearn.errors import InputError
@@ -41,6 +43,7 @@ from splitlearn.wire import SERVER
 LOST, FAILED, ORPHANED = 3, 1, 4  # exit codes
 GOODBYE = 0.3  # seconds until what was said last has left
 TRY_AGAIN = 1.0  # seconds until who could not join does
+LONG = 5.0  # seconds of waiting for a party that are told of
 
 
 class Attempt(NamedTuple):
@@ -107,6 +110,7 @@ class Federation:
         self._say(f"all have come; goes on from mini-batch {step}" if step else "all have come")
         transport = self.wiring.transport(star, welcome, self.wire.device)
         self.wire.connect(transport, star.parties, bytes.fromhex(run), self.wiring.seals(star, welcome))
+        threading.Thread(target=self._tell_waits, daemon=True).start()
         saves = Snapshots(own, self.save_every_n_steps, run, lambda saved: self.post({"saved": saved}))
         if step in steps_in([own]).get(run, []):  # and not in the folder that it goes on from
             self.post({"saved": step})
@@ -139,7 +143,17 @@ class Federation:
     def _say(self, text: str) -> None:
         """To whoever watches a terminal with one party; with all in one it would be noise."""
         if self.attempt.alone:
-            print(f"splitlearn: {self.attempt.party}: {text}", file=sys.stderr, flush=True)
+            tqdm.write(f"splitlearn: {self.attempt.party}: {text}", file=sys.stderr)  # above a progress bar
+
+    def _tell_waits(self) -> None:
+        """Say who is waited for, once in a wait, when it is long."""
+        told = None
+        while True:
+            time.sleep(LONG / 5)
+            awaited = self.wire.awaited
+            if awaited is not None and awaited != told and time.perf_counter() - awaited[1] > LONG:
+                self._say(f"waits for {awaited[0]}")
+                told = awaited
 
     def _check(self, parties: Sequence[Party], trainer: pl.Trainer) -> None:
         party = self.attempt.party

@@ -56,6 +56,7 @@ class RemoteWire(Wire):
         self.device = torch.device("cpu")  # where what arrives goes
         self.overhead: Counter[str] = Counter()
         self.seconds = {"waiting": 0.0, "wire": 0.0}
+        self.awaited: tuple[Party, float] | None = None  # whose frame, and since when by `time.perf_counter`
         self.sent: Counter[Party] = Counter()
         self.received: Counter[Party] = Counter()
         self.ahead: Counter[tuple[Party, Party]] = Counter()  # bytes (src, dst) since the last ones the other way
@@ -184,7 +185,9 @@ class RemoteWire(Wire):
         """Return flags and tensor of the next frame, which must be this one. Nothing is taken into memory unchecked."""
         began = time.perf_counter()
         self.received[src] += 1
+        self.awaited = src, began
         head = self.transport.receive_head(src)
+        self.awaited = None
         arrived = time.perf_counter()
         header = unpack(head)
         number = self._number if kind in IN_STEP else None

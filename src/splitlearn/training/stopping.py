@@ -51,6 +51,11 @@ def block() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, heeded())
 
 
+def unblock(*_: object) -> None:
+    """In a process that inherits from one that has blocked them: whoever started it may end it by them."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+
 def call_when_stopped(handle: Callable[[int], None]) -> None:
     """Call `handle` in a thread of its own: the main one may wait in C code, where Python handles no signal."""
     threading.Thread(target=lambda: handle(signal.sigwait(heeded())), daemon=True).start()
