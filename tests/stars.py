@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import queue
 import socket
@@ -52,7 +53,7 @@ class Ends:
     def __exit__(self, *_: object) -> None:
         for star in self.stars:
             for out in star.outbox.values():
-                out.put(None)
+                out.close()
             star.server.stop(0) if isinstance(star, Hub) else star.channel.close()
         self.pool.shutdown()
 
@@ -155,10 +156,10 @@ def _compute(seconds: float) -> float:
 
 
 class Proxy:
-    """A TCP proxy to a port of this host, which keeps all bytes that pass."""
+    """A TCP proxy to a port of this host, which keeps all bytes that pass; each way so many per second at most."""
 
-    def __init__(self, port: int) -> None:
-        self.target, self.seen = port, bytearray()
+    def __init__(self, port: int, bytes_per_second: float = math.inf) -> None:
+        self.target, self.seen, self.bytes_per_second = port, bytearray(), bytes_per_second
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self.listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -176,6 +177,7 @@ class Proxy:
     def _pass(self, source: socket.socket, sink: socket.socket) -> None:
         try:
             while chunk := source.recv(2**16):
+                time.sleep(len(chunk) / self.bytes_per_second)
                 self.seen += chunk
                 sink.sendall(chunk)
             sink.shutdown(socket.SHUT_WR)

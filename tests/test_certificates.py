@@ -16,7 +16,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from splitlearn import certificates
-from splitlearn.certificates import Identity, check_certificate, make_certificates, name_of
+from splitlearn.certificates import (
+    Identity,
+    check_certificate,
+    main,
+    make_certificates,
+    make_identities,
+    name_of,
+    revoke,
+)
 from splitlearn.errors import InputError
 
 
@@ -267,3 +275,70 @@ def test_the_command_says_whom_to_hand_what_and_refuses_the_second_time(tmp_path
     assert Identity.load(tmp_path / "keys/bob", "bob").party == "bob"
     assert (second.returncode, second.stdout) == (1, "")
     assert second.stderr == "splitlearn: keys/bob must not exist: remove it first, or name another party or --folder\n"
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o644])
+def test_a_key_that_others_can_read_is_refused(folder, mode):
+    (folder / "bob/party.key").chmod(mode)
+    with pytest.raises(
+        InputError, match=rf"bob/party.key \(of mode {mode:o}\) must be .*: `chmod 600 .*bob/party.key`"
+    ):
+        Identity.load(folder / "bob", "bob")
+    (folder / "ca/ca.key").chmod(mode)
+    with pytest.raises(InputError, match=r"`chmod 600 .*ca/ca.key`"):
+        make_certificates(["carol"], folder)
+
+
+def test_the_ca_itself_must_be_valid_now(monkeypatch):
+    monkeypatch.setattr(certificates, "CA_DAYS", -1)
+    ca, ca_key = certificates._make_ca()
+    key = ec.generate_private_key(ec.SECP256R1())
+    builder = certificates._builder(certificates._named("bob"), key, 1, ca.subject, ca_key)
+    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("bob")]), critical=False)
+    certificate = certificates._pem(builder.sign(ca_key, hashes.SHA256()))
+    with pytest.raises(InputError, match="the certificate of the CA expired on 20"):
+        check_certificate(certificate, certificates._pem(ca), "bob")
+
+
+def test_who_is_revoked_is_refused_by_all_and_others_are_not(folder, capsys):
+    main(["--revoke", "alice0", "--folder", str(folder)])
+    assert "hand it to all, Bob first" in capsys.readouterr().out
+    bob = Identity.load(folder / "bob", "bob")
+    assert bob.revoked == {parsed(folder / "alice0/party.crt").serial_number}
+    with pytest.raises(InputError, match="the certificate of alice0 is revoked: "):
+        Identity.load(folder / "alice0", "alice0")
+    with pytest.raises(InputError, match="the certificate of alice0 is revoked: "):
+        check_certificate((folder / "alice0/party.crt").read_bytes(), bob.ca, "alice0", bob.revoked)
+
+
+def test_who_is_added_after_a_revocation_knows_of_it_and_a_new_certificate_of_that_name_counts(folder):
+    revoke(["alice0"], folder)
+    (folder / "alice0").rename(folder.parent / "old")
+    make_certificates(["alice0"], folder)
+    alice = Identity.load(folder / "alice0", "alice0")
+    assert alice.revoked == Identity.load(folder / "bob", "bob").revoked != frozenset()
+    check_certificate(alice.certificate, alice.ca, "alice0", alice.revoked)
+
+
+def test_a_list_of_revoked_that_is_none_is_refused(folder):
+    (folder / "bob/revoked").write_text("alice0\n")
+    with pytest.raises(InputError, match="bob/revoked must have a serial number, hexadecimal, on each line"):
+        Identity.load(folder / "bob", "bob")
+
+
+def test_nobody_is_revoked_whose_certificate_is_not_there(folder):
+    with pytest.raises(InputError, match=r"carol/party.crt cannot be read .*: put the party.crt"):
+        revoke(["bob", "carol"], folder)
+    assert not list(folder.rglob("revoked"))
+
+
+def test_identities_of_one_run_prove_their_names_and_are_never_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made, others = make_identities(["bob", "alice0"]), make_identities(["bob"])
+    for party, identity in made.items():
+        check_certificate(identity.certificate, made["bob"].ca, party)
+        assert identity.party == party
+        assert identity.key.decode() not in repr(identity)
+    with pytest.raises(InputError, match="is not signed by the run's CA"):
+        check_certificate(made["bob"].certificate, others["bob"].ca, "bob")
+    assert list(tmp_path.iterdir()) == []

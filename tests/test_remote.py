@@ -301,11 +301,11 @@ def test_who_is_far_ahead_waits_for_an_answer(monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         sends = pool.submit(lambda: [wires["alice0"].carry(rows, "alice0", "bob", "activation") for _ in range(20)])
         time.sleep(0.2)
-        assert wires["alice0"].sent["bob"] == 4  # 1,024 bytes: she waits
+        assert wires["alice0"].sent["bob"] == 3  # 1,152 bytes with headers: she waits
         received = [wires["bob"].carry(rows.to("meta"), "alice0", "bob", "activation") for _ in range(20)]
         sends.result(PATIENCE)
     assert all(torch.equal(each, rows) for each in received)
-    assert wires["bob"].sent["alice0"] == 5
+    assert wires["bob"].sent["alice0"] == 6
 
 
 @pytest.mark.parametrize(

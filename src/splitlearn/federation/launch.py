@@ -6,12 +6,10 @@ import copy
 import json
 import logging
 import os
-import shutil
 import traceback
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from splitlearn.build import as_input_error, build, make, one_line
 from splitlearn.callbacks.layout_drawing import draw
 from splitlearn.callbacks.run import write_whole
 from splitlearn.callbacks.summary import finishing, log_hyperparameters, print_table, quieten
-from splitlearn.certificates import make_certificates
+from splitlearn.certificates import Identity, make_identities
 from splitlearn.errors import DivergedError, InputError
 from splitlearn.federation.frame import FrameError
 from splitlearn.federation.party import FAILED, Attempt, Federation, parties_of
@@ -61,25 +59,24 @@ def federate(cfg: DictConfig, engine: Processes) -> dict[str, float]:
     output_dir = Path(cfg.output_dir).resolve()
     if engine.party is None and "TORCHELASTIC_RUN_ID" in os.environ:
         engine = _as_rank(cfg, engine)
-    with TemporaryDirectory() as secrets:
-        parties = [engine.party] if engine.party is not None else _plan(cfg)
-        if len(parties) > 1 and isinstance(wiring, GrpcWiring) and wiring.needs_certificates:
-            make_certificates(parties, Path(secrets))
-            shutil.rmtree(Path(secrets) / "ca")  # nobody else is to come
-            cfg.wire.certificates = secrets
-        plays = {party: _play_of(cfg, engine, party, parties, output_dir) for party in parties}
-        try:
-            metrics = engine.launch(plays, str(output_dir))
-        except (PartyLostError, StoppedError) as error:
-            _write_results(output_dir, parties, stopped=str(error))
-            raise
+    parties = [engine.party] if engine.party is not None else _plan(cfg)
+    made = len(parties) > 1 and isinstance(wiring, GrpcWiring) and wiring.needs_certificates
+    identities = make_identities(parties) if made else {}  # in memory alone, so that they end with the run
+    plays: dict[Party, Play] = {
+        party: partial(_play_of(cfg, engine, party, parties, output_dir), identities.get(party)) for party in parties
+    }
+    try:
+        metrics = engine.launch(plays, str(output_dir))
+    except (PartyLostError, StoppedError) as error:
+        _write_results(output_dir, parties, stopped=str(error))
+        raise
     results = _write_results(output_dir, parties)
     print_table("one process per party", metrics, results.get("bytes", {}), output_dir)
     return metrics
 
 
-def play(text: str, engine: Processes, attempt: Attempt, post: Post) -> None:
-    """What the process of a party does; `text` is its configuration."""
+def play(text: str, engine: Processes, identity: Identity | None, attempt: Attempt, post: Post) -> None:
+    """What the process of a party does; `text` is its configuration, `identity` one that was made for the run."""
     quieten()
     cfg = OmegaConf.create(text)
     assert isinstance(cfg, DictConfig)
@@ -88,6 +85,8 @@ def play(text: str, engine: Processes, attempt: Attempt, post: Post) -> None:
     try:
         with as_input_error():
             wiring = make(cfg.wire)
+            if identity is not None:
+                wiring.mine = identity
             terms = engine.timeout, engine.join_timeout, engine.save_every_n_steps
             federation = Federation(attempt, wiring, *terms, post)
             federation.waits = engine.on_failure == "wait"
@@ -184,7 +183,7 @@ def _plan(cfg: DictConfig) -> list[Party]:
     return parties_of(run.learner)
 
 
-def _play_of(cfg: DictConfig, engine: Processes, party: Party, parties: list[Party], output_dir: Path) -> Play:
+def _play_of(cfg: DictConfig, engine: Processes, party: Party, parties: list[Party], output_dir: Path) -> partial[None]:
     own = copy.deepcopy(cfg)
     OmegaConf.set_struct(own, False)
     own.output_dir = str(output_dir / party)

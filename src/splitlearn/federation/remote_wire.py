@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from splitlearn.errors import outside
+from splitlearn.federation.boxes import AHEAD
 from splitlearn.federation.frame import (
     BESIDE,
     HEADER_BYTES,
@@ -38,7 +39,6 @@ from splitlearn.wire import SERVER, Message, Wire, elsewhere
 LARGEST_NOTE = 2**24  # bytes of JSON that one party may tell another
 SHOWN = 80  # characters of what another party sent
 MOST_KEYS = 16  # of an optimizer's state for a parameter
-AHEAD = 2**26  # bytes that a sender may be ahead of an answer
 WIDEST = 8  # bytes of an element, whatever the precision
 IN_STEP = ("activation", "gradient", "label")  # belong to the mini-batch at hand; weights may be under way for longer
 
@@ -177,7 +177,7 @@ class RemoteWire(Wire):
         else:
             self.transport.send(dst, head, payload)
         self.seconds["wire"] += time.perf_counter() - began
-        self._keep_pace(self.party, dst, header.num_bytes)
+        self._keep_pace(self.party, dst, HEADER_BYTES + header.num_bytes)
 
     def _receive(
         self, src: Party, kind: str, limit: int, shape: tuple[int, ...] | None, dtype: torch.dtype | None
@@ -196,7 +196,7 @@ class RemoteWire(Wire):
         tensor = self._beside(src, head, header) if header.flags & BESIDE else self._behind(src, head, header)
         self.seconds["waiting"] += arrived - began
         self.seconds["wire"] += time.perf_counter() - arrived
-        self._keep_pace(src, self.party, header.num_bytes)
+        self._keep_pace(src, self.party, HEADER_BYTES + header.num_bytes)
         return header.flags, tensor
 
     def _behind(self, src: Party, head: bytes, header: Header) -> Tensor:

@@ -39,13 +39,14 @@ class Seal:
         peer: the name that it must speak for.
         run: the run's own bytes: what was sealed in another run does not open.
 
-    Raises InputError for a certificate that is not the peer's, is not valid now, is of another CA or has no P-256 key.
+    Raises InputError for a certificate that is not the peer's, is not valid now, is revoked, is of another CA or has no
+    P-256 key.
     """
 
     def __init__(self, identity: Identity, peer_certificate: bytes, peer: str, run: bytes) -> None:
         if peer == identity.party:
             raise InputError(f"`peer` (={peer}) must be another party than the one that seals: name the receiver")
-        check_certificate(peer_certificate, identity.ca, peer)
+        check_certificate(peer_certificate, identity.ca, peer, identity.revoked)
         self.party, self.peer = identity.party, peer
         shared = _private_key(identity).exchange(ec.ECDH(), _public_key(peer_certificate, peer))
         names = "\0".join(("splitlearn seal", *sorted((self.party, peer))))

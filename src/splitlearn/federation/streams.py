@@ -14,23 +14,24 @@ import json
 import socket
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
 from typing import Any
 
 import grpc
 
 from splitlearn.certificates import Identity
 from splitlearn.errors import InputError, outside
+from splitlearn.federation.boxes import AHEAD, END, Box
 from splitlearn.federation.frame import HEADER_BYTES, FrameError, unpack
 from splitlearn.federation.probe import Fault, find_fault, named, split
 from splitlearn.layout import Party
 
 SERVICE, METHOD = "splitlearn.Star", "Join"
 SLACK = 2**22  # bytes: greetings
+HANDSHAKE = 10_000  # milliseconds until a connection that says nothing is closed
 LARGEST_NOTE = 2**16  # bytes of a loss or a farewell
 SHOWN = 80  # characters of what has no sense
+IN_FLIGHT = 2**20  # bytes, about: the answer to a ping waits behind them, and they bound the rate on a long way
 FIRST, EVERY = 0.5, 3.0  # seconds between looks at why the hub is not reached
 UNKNOWN = 20.0  # seconds after which a host's name that is not known is taken for a wrong one
 NONE = Fault("")
@@ -72,13 +73,17 @@ def read_json(message: bytes, what: str) -> dict[str, Any]:
 
 
 class Star:
-    """What hub and member have in common. `inbox` has the frames of each sender in order."""
+    """What hub and member have in common. `inbox` has the frames of each sender in order.
 
-    def __init__(self, party: Party, on_lost: Lost) -> None:
+    `limit` is the most bytes of a frame. Who sends no more ahead of an answer than it may never fills a box.
+    """
+
+    def __init__(self, party: Party, limit: int, on_lost: Lost) -> None:
         self.party, self.on_lost = party, on_lost
+        self.largest = limit + SLACK  # bytes of a message
         self.parties: Sequence[Party] = ()
-        self.inbox: dict[Party, SimpleQueue[bytes]] = defaultdict(SimpleQueue)
-        self.outbox: dict[Party, SimpleQueue[bytes | None]] = {}
+        self.inbox: dict[Party, Box] = {}
+        self.outbox: dict[Party, Box] = {}
         self.done: set[Party] = set()  # who has said farewell
         self.leaving = False  # a farewell counts only at the end, when this end has begun to leave, too
         self._failed = threading.Lock()
@@ -148,7 +153,7 @@ class Member(Star):
         on_lost: Lost,
         proxy: str | None = None,
     ) -> None:
-        super().__init__(party, on_lost)
+        super().__init__(party, limit, on_lost)
         self.hub, self.address, self.identity, self.proxy = hub, address, identity, proxy
         self.say: Callable[[str], None] = lambda text: None  # to whoever watches
         self.answer: Callable[[Any], Any] = lambda ask: None  # to what the hub asks before it refuses
@@ -177,9 +182,9 @@ class Member(Star):
         where a party is lost meanwhile, or an earlier process of this one has not been missed yet.
         """
         self._reach(timeout)
-        out = self.outbox[self.hub] = SimpleQueue()
+        out = self.outbox[self.hub] = Box(self.largest)
         out.put(json.dumps(greeting).encode())
-        self.call = self.channel.stream_stream(f"/{SERVICE}/{METHOD}")(iter(out.get, None))
+        self.call = self.channel.stream_stream(f"/{SERVICE}/{METHOD}")(iter(out.get, END))
         welcome = self._hear()
         if "ask" in welcome:
             out.put(json.dumps({"answer": self.answer(welcome["ask"])}).encode())
@@ -189,6 +194,7 @@ class Member(Star):
             raise AgainError(f"{lost} was lost before all had come: {why}", lost)
         check(welcome)
         self.parties = welcome["parties"]
+        self.inbox = {party: Box(AHEAD + self.largest) for party in self.parties}
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
         return welcome
@@ -249,7 +255,7 @@ class Member(Star):
     def drop(self) -> None:
         """End the stream without a word."""
         for out in self.outbox.values():
-            out.put(None)
+            out.close()
         self.channel.close()
 
     def _read(self) -> None:
@@ -274,11 +280,21 @@ class Member(Star):
         sender, receiver = self._route(message)
         if receiver != self.party:
             raise FrameError(f"frame: `receiver` (={receiver}) must be {self.party}")
-        self.inbox[sender].put(message)
+        box = self.inbox[sender]
+        box.put(message)
+        if box.num_bytes > box.most:  # of one stream all must be read: what others send comes behind
+            why = f"{sender} has sent {box.num_bytes} bytes ahead, and may send {box.most}"
+            self._lose(sender, why)
+            raise FrameError(why)
 
 
 def options(limit: int, timeout: float) -> list[tuple[str, int]]:
-    """Pings find a frozen peer within `timeout` seconds; a server must not mind being pinged."""
+    """Pings find a frozen peer within `timeout` seconds; a server must not mind being pinged.
+
+    A ping goes behind the data that is under way. So that a party which sends over a slow link is not taken for frozen,
+    little is under way at a time, whatever gRPC measures of the link (it would let that grow as on a fast one): 1 MiB
+    takes 10 s at 100 kB/s, and a ping may take 18 of the 30 seconds of `engine.timeout`.
+    """
     ping, answer = max(1, int(timeout * 300)), max(1, int(timeout * 600))
     largest = min(limit + SLACK, 2**31 - 1)  # gRPC counts in int32
     return [
@@ -291,6 +307,9 @@ def options(limit: int, timeout: float) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", IN_FLIGHT),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", ping // 2),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE),
         ("grpc.so_reuseport", 0),  # a second hub at one address must fail
     ]

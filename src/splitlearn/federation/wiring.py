@@ -157,7 +157,7 @@ class GrpcWiring(Wiring):
         if tls not in (True, False, "on", "off"):
             raise InputError(f"`wire.tls` (={tls}) must be true or false")
         self.certificates, self.tls = certificates, tls in (True, "on")
-        self.mine: Identity | None = None
+        self.mine: Identity | None = None  # may be given: one that was made for the run
         self.nonce = secrets.token_bytes(16)
 
     @property
@@ -165,14 +165,14 @@ class GrpcWiring(Wiring):
         return self.tls and self.certificates is None
 
     def identity(self, party: Party) -> Identity | None:
-        if not self.tls:
-            return None
+        if not self.tls or self.mine is not None:
+            return self.mine
         if self.certificates is None:
             raise InputError(
                 "`wire.certificates` must name the folder of this party's certificate: make one for each party by "
                 "`python -m splitlearn.certificates --parties ...`"
             )
-        self.mine = self.mine or Identity.load(Path(self.certificates), party)
+        self.mine = Identity.load(Path(self.certificates), party)
         return self.mine
 
     def check(self, address: str) -> None:
