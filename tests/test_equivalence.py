@@ -428,8 +428,8 @@ def test_splitfed_v2_equals_one_top_and_averaged_bottoms(make, policy):
 
 def own_weights(run):
     """Each Alice's bottom where they are personal."""
-    sharing, live = run.learner.rounds.sharings["alice"], run.learner.rounds.lives["alice"]
-    held = {**{taker: own["weights"] for taker, own in sharing.own.items()}, sharing.holder: live.weights}
+    sharing, mine = run.learner.rounds.sharings["alice"], run.learner.rounds.weights["alice"]
+    held = {**{taker: own["weights"] for taker, own in sharing.own.items()}, sharing.holder: mine.tensors}
     return {t: {name.split(".", 1)[1]: w for name, w in weights.items()} for t, weights in held.items()}
 
 

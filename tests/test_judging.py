@@ -191,10 +191,10 @@ class Looks(pl.Callback):
         self.same = []
 
     def on_alice_finished(self, trainer, learner, alice):
-        live = learner.rounds.lives["bob"]
-        before = copied(live.weights)
+        weights = learner.rounds.weights["bob"]
+        before = copied(weights.tensors)
         with learner.rounds.as_of(alice):
-            self.same.append(all(torch.equal(value, before[name]) for name, value in live.weights.items()))
+            self.same.append(all(torch.equal(value, before[name]) for name, value in weights.tensors.items()))
 
 
 def test_who_has_a_bottom_of_her_own_is_judged_with_the_top_as_she_left_it(tmp_path):

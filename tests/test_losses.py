@@ -3,16 +3,19 @@
 import pytest
 import torch
 from federated import run_tiny, source
-from helpers import make_network, net, smooth
+from helpers import make_network, make_rows, net, smooth
 from torch import Tensor, nn
 
 from splitlearn.errors import InputError
+from splitlearn.federation.frame import FrameError
 from splitlearn.federation.remote_wire import RemoteWire
 from splitlearn.layout import two_party, u_shaped
 from splitlearn.learner import SplitLearner
+from splitlearn.network import Batch
 from splitlearn.schedules.aggregation import MeanGradient
 from splitlearn.schedules.schedule import Schedule
 from splitlearn.train import train
+from splitlearn.training.losses import MeanLoss
 
 NAMES = ("block1", "block2", "block3", "head")
 TWO, U = two_party(NAMES, 2), u_shaped(NAMES, [1, 3])
@@ -57,7 +60,7 @@ class Own(nn.Module):
 
 
 class Told(Own):
-    def weight_of(self, output: Tensor, labels: Tensor) -> int:
+    def weight_of(self, labels: Tensor) -> int:
         return len(labels)
 
 
@@ -106,6 +109,34 @@ def test_class_weights_come_from_the_command_line(configure, tmp_path):
     train(configure("loss.weight=[1,1,1,1,1,1,1,1,1,5]", "trainer.max_epochs=1", "trainer.limit_train_batches=2"))
     with pytest.raises(InputError, match=r"^`loss` \(=NLLLoss\) does not take .*weight"):
         train(configure("loss.weight=[1,5]"))
+
+
+class Weighted(Own):
+    """Divides by the class weights of the labels, as cross-entropy with `WEIGHT` does."""
+
+    def weight_of(self, labels: Tensor) -> Tensor:
+        return WEIGHT[labels].sum()
+
+
+def test_a_loss_of_ones_own_is_put_together_by_what_it_divides_by():
+    _, y = make_rows(5)
+    hers = {"alice0": y[:3], "alice1": y[3:]}
+    step = {alice: Batch(torch.arange(len(rows)), {"y": rows}, (0, 0)) for alice, rows in hers.items()}
+    schedule = Schedule(("alice0", "alice1"), alice=MeanGradient(), bob=MeanGradient(), turn="step")
+    own, torchs = (MeanLoss(loss, schedule, TWO) for loss in (Weighted(), nn.CrossEntropyLoss(WEIGHT)))
+    assert [own.share(alice, step) for alice in step] == [torchs.share(alice, step) for alice in step]
+    assert sum(len(batch.ids) * own.share(alice, step) for alice, batch in step.items()) == pytest.approx(5)
+    value = torch.tensor(2.0)
+    assert own.join([value], [own.weight_of(y)]).total == 2 * WEIGHT[y].sum()
+
+
+@pytest.mark.parametrize("told", [3, {"alice0": "x"}, {"alice0": [1.0, float("nan")]}, {"alice0": [True]}])
+def test_sums_that_are_no_numbers_name_their_sender(told):
+    wire = RemoteWire("bob")
+    wire.parties = ["bob", "alice0"]
+    wire.gather = lambda values: [values, told]
+    with pytest.raises(FrameError, match=r"^alice0 sent .* (where sums by name are|where a number is) due"):
+        wire.gather_by_alice({}, "alice")
 
 
 def test_nobody_is_believed_but_who_holds_the_loss():

@@ -101,7 +101,7 @@ def bytes_of_turn(network: SplitNetwork, **schedule: Sharing | str) -> int:
     for _ in range(2):  # in the first round nobody hands the first Alice anything: the second is what counts
         network.wire.ledger.num_bytes.clear()
         for alice in ("alice0", "alice1"):
-            rounds.take(alice)
+            rounds.begin_turn(alice)
             rounds.num_rows = 1
         rounds.end()
     return sum(network.wire.ledger.num_bytes.values()) // 2

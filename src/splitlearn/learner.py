@@ -122,7 +122,7 @@ class SplitLearner(pl.LightningModule):
     @contextmanager
     def turn(self, alice: Party, batch: Batch) -> Iterator[None]:
         """Before, the weights come to her, if it was another's turn; after, optimizers step that need not wait."""
-        self.rounds.take(alice)
+        self.rounds.begin_turn(alice)
         self.stepper.zero_grad()
         yield
         self.rounds.num_rows += len(batch.ids)
@@ -217,10 +217,10 @@ class SplitLearner(pl.LightningModule):
             )
 
     def on_validation_start(self) -> None:
-        self.rounds.settle()  # what is under way is of the training
+        self.rounds.receive_pending()  # what is under way is of the training
         self.network.wire.ledger = self.evaluation_ledger
         self.rounds.find()
-        self.rounds.show()
+        self.rounds.begin_evaluation()
         self.tally = Tally()
 
     def on_validation_epoch_end(self) -> None:
@@ -233,7 +233,7 @@ class SplitLearner(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_finite(self, self.trainer.global_step)
-        self.rounds.settle()
+        self.rounds.receive_pending()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         checkpoint["splitlearn"] = {
             "kind": {**self.kind(data), **self.settings(data)},
@@ -298,7 +298,7 @@ class SplitLearner(pl.LightningModule):
     def _pass(self, batch: Batch, cast: Mapping[Role, Party]) -> Loss | None:
         """Forward and backward; return the loss, if it is here. Micro-batches all go forward, then all backward."""
         passes = [self.network(part, cast) for part in micro(batch, self.micro_batches)]
-        weights = [self.means.weight_of(output, labels) for output, labels, _ in passes if not output.is_meta]
+        weights = [self.means.weight_of(labels) for output, labels, _ in passes if not output.is_meta]
         parts: list[Tensor] = []
         for output, labels, tape in passes:
             if output.is_meta:  # another process holds the loss
@@ -313,8 +313,8 @@ class SplitLearner(pl.LightningModule):
 
     def _evaluate(self, batch: Batch, stage: str) -> list[Part]:
         parts: list[Part] = []
-        for alice, output, labels, owners in (part for part in self.rounds.predict(batch) if not part[1].is_meta):
-            weight = self.means.weight_of(output, labels)
+        for alice, output, labels, owners in (part for part in self.rounds.evaluate(batch) if not part[1].is_meta):
+            weight = self.means.weight_of(labels)
             loss = self.means.join([self.loss(output, labels).detach()], [weight])
             if not torch.isfinite(loss.total):
                 steps = self.trainer.global_step
@@ -324,7 +324,7 @@ class SplitLearner(pl.LightningModule):
         return parts
 
     def _end_evaluation(self, stage: str) -> None:
-        self.rounds.hide()  # here, since a checkpoint may be saved in the callbacks' on_validation_end
+        self.rounds.end_evaluation()  # here, since a checkpoint may be saved in the callbacks' on_validation_end
         self.network.wire.ledger = self.ledger
         told = self.network.wire.gather_by_alice(self.tally.values(), self.layout.stages[-1].role)
         measured = means(told)

@@ -43,8 +43,6 @@ class Tap(Protocol):
 class Wire:
     """The wire inside one process, which plays every party. Counts the bytes of each payload in its ledger."""
 
-    party: Party = ""  # whom this process plays; empty: everybody
-
     def __init__(self) -> None:
         self.ledger = Ledger()
         self.taps: list[Tap] = []
@@ -87,6 +85,10 @@ class Wire:
         Nobody else is believed: what another process tells of them is passed over.
         """
         return dict(values)
+
+    def gather_held(self, values: Any, holder: Role) -> list[Any]:
+        """Return what those processes have given that may hold the loss, where it is that of `holder`."""
+        return [values]
 
     def _move(self, tensor: Tensor, src: Party, dst: Party, kind: str) -> Tensor:
         payload = tensor.detach()

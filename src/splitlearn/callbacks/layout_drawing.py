@@ -11,7 +11,7 @@ from splitlearn.layout import Party
 from splitlearn.network import SplitNetwork
 from splitlearn.schedules.schedule import Schedule
 from splitlearn.schedules.sharing import Handoff
-from splitlearn.schedules.weights import Live
+from splitlearn.schedules.weights import RoleWeights
 
 
 def draw(network: SplitNetwork, sample: Mapping[str, Tensor], batch_size: int, schedule: Schedule) -> str:
@@ -41,8 +41,8 @@ def draw(network: SplitNetwork, sample: Mapping[str, Tensor], batch_size: int, s
             lines.append(f"  | {src} -> {dst}: {batch_size} labels, {times * num_bytes:,.0f} bytes")
     if len(takers) > 1 and schedule.alice.way:
         hers = {stage.name: segments[stage.name] for stage in layout.stages if stage.role == "alice"}
-        live = Live("alice", hers, network.wire)
-        moved = {**live.trained, **live.buffers} if schedule.alice.defers else live.weights
+        weights = RoleWeights("alice", hers, network.wire)
+        moved = {**weights.trained, **weights.buffers} if schedule.alice.defers else weights.tensors
         lines.append("  | " + schedule.alice.way.format(f"{sum(v.nbytes for v in moved.values()):,}"))
     return "\n".join(lines)
 

@@ -75,8 +75,8 @@ class Judge(Callback):
         if trainer.current_epoch != self.epoch or set(self.by_label) != set(self.chosen) or trainer.sanity_checking:
             return
         counts = {alice: counts.tolist() for alice, counts in self.by_label.items()}
-        told = learner.network.wire.gather_by_alice(counts, learner.layout.stages[-1].role)
-        by_label = {alice: torch.tensor(told[alice]) for alice in self.by_label if alice in told}
+        told = learner.network.wire.gather_held(counts, learner.layout.stages[-1].role)
+        by_label = {alice: torch.tensor([each[alice] for each in told]).sum(0) for alice in self.by_label}
         for alice, (correct, total) in by_label.items():
             learner.log(f"val/accuracy_after/{alice}", correct.sum() / total.sum())
         learner.log("val/performance_gap", performance_gap(torch.stack(list(by_label.values()))))
@@ -92,8 +92,8 @@ class Judge(Callback):
 
     def _log_by_owner(self, learner: SplitLearner, stage: str) -> None:
         if self.by_owner is not None:
-            wire, holder = learner.network.wire, learner.layout.stages[-1].role
-            self.by_owner.load(list(wire.gather_by_alice({wire.party: self.by_owner.counts()}, holder).values()))
+            holder = learner.layout.stages[-1].role
+            self.by_owner.load(learner.network.wire.gather_held(self.by_owner.counts(), holder))
             learner.log_dict({f"{stage}/accuracy{name}": value for name, value in self.by_owner.compute().items()})
         self.by_owner = None
 

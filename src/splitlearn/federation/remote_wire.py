@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -108,13 +109,15 @@ class RemoteWire(Wire):
         return told
 
     def gather_by_alice(self, values: Mapping[Party, Any], holder: Role) -> dict[Party, Any]:
+        told = [(party, _checked(party, each)) for party, each in self._told(values, holder)]
+        return {a: value for party, each in told for a, value in each.items() if holder != "alice" or party == a}
+
+    def gather_held(self, values: Any, holder: Role) -> list[Any]:
+        return [_checked(party, each) for party, each in self._told(values, holder)]
+
+    def _told(self, values: Any, holder: Role) -> list[tuple[Party, Any]]:
         told = zip(self.parties, self.gather(values), strict=True)
-        return {
-            alice: value
-            for party, each in told
-            for alice, value in each.items()
-            if party == (alice if holder == "alice" else holder)
-        }
+        return [(party, each) for party, each in told if party == holder or (holder == "alice" and is_alice(party))]
 
     @property
     def _number(self) -> tuple[int, int]:
@@ -239,3 +242,16 @@ def _check_names(names: list[str], tensors: Mapping[str, Tensor], src: Party, ki
         raise FrameError(f"{src} sent {kind} of `{outside(odd[0], SHOWN)}`, which is none of {', '.join(tensors)}")
     if len({*names}) < len(names) or len(names) > MOST_KEYS * len(tensors):
         raise FrameError(f"{src} sent {kind} of {len(names)} names, too many or some twice")
+
+
+def _checked(party: Party, values: Any) -> Any:
+    """Raises FrameError for sums that are not numbers, by name or in lists."""
+    parts = values.values() if isinstance(values, dict) else values if isinstance(values, list) else None
+    if parts is None:
+        raise FrameError(f"{party} sent {outside(values, 40)} where sums by name are due")
+    for part in parts:
+        if isinstance(part, (dict, list)):
+            _checked(party, part)
+        elif isinstance(part, bool) or not isinstance(part, (int, float)) or not math.isfinite(part):
+            raise FrameError(f"{party} sent {outside(part, 40)} where a number is due")
+    return values

@@ -80,7 +80,7 @@ class Together(Callback):
 
     def _tell(self, learner: SplitLearner) -> None:
         wire = self.wire
-        learner.rounds.settle()  # nothing else may be under way when notes are told
+        learner.rounds.receive_pending()  # nothing else may be under way when notes are told
         tables = [learner.ledger.table(), learner.evaluation_ledger.table()]
         own = {"seconds": self.seconds, "overhead_bytes": dict(wire.overhead)}
         for party, each in zip(wire.parties, wire.gather({"own": own, "tables": tables}), strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 from splitlearn.layout import Party
 from splitlearn.schedules.sharing import POLICIES, Sharing, check_choice
 from splitlearn.schedules.weighted_mean import WeightedMean
-from splitlearn.schedules.weights import Live, copied
+from splitlearn.schedules.weights import RoleWeights, copied
 from splitlearn.wire import SERVER
 
 WEIGHTINGS = ("samples", "uniform")
@@ -44,45 +44,45 @@ class Average(Sharing):
         check_choice("weighting", self.weighting, WEIGHTINGS)
         check_choice("optimizer_state", self.optimizer_state, POLICIES)
 
-    def take(self, live: Live, alice: Party) -> None:
-        if live.at(SERVER):
-            self.start = self.start or copied(live.weights)
-        live.load(live.carry(self.start or live.weights, SERVER, alice, "weights"))
-        if live.at(alice):
-            live.set_state(self.kept.pop(alice, {}))
+    def begin_turn(self, weights: RoleWeights, alice: Party) -> None:
+        if weights.at(SERVER):
+            self.start = self.start or copied(weights.tensors)
+        weights.load(weights.carry(self.start or weights.tensors, SERVER, alice, "weights"))
+        if weights.at(alice):
+            weights.set_state(self.kept.pop(alice, {}))
         if self.optimizer_state == "carry":
-            live.load_state(live.carry(self.start_state, SERVER, alice, "optimizer_state"))
+            weights.load_state(weights.carry(self.start_state, SERVER, alice, "optimizer_state"))
 
-    def give(self, live: Live, alice: Party, num_rows: int) -> None:
+    def end_turn(self, weights: RoleWeights, alice: Party, num_rows: int) -> None:
         self.given.append((alice, num_rows if self.weighting == "samples" else 1))
-        if self.optimizer_state == "keep" and live.at(alice):
-            self.kept[alice] = live.own_state()
-        if live.at(alice):  # a server elsewhere serves the next Alice first, and receives when it makes the mean
-            self.settle(live)
+        if self.optimizer_state == "keep" and weights.at(alice):
+            self.kept[alice] = weights.own_state()
+        if weights.at(alice):  # a server elsewhere serves the next Alice first, and receives when it makes the mean
+            self.receive_pending(weights)
 
-    def settle(self, live: Live) -> None:
+    def receive_pending(self, weights: RoleWeights) -> None:
         for alice, weight in self.given:
-            self.mean.add(live.carry(live.weights, alice, SERVER, "weights"), weight)
+            self.mean.add(weights.carry(weights.tensors, alice, SERVER, "weights"), weight)
             if self.optimizer_state == "carry":
-                self.mean_state.add(live.carry(live.state, alice, SERVER, "optimizer_state"), weight)
+                self.mean_state.add(weights.carry(weights.state, alice, SERVER, "optimizer_state"), weight)
         self.given = []
 
-    def end_round(self, live: Live) -> None:
-        self.settle(live)
-        if live.at(SERVER) and self.mean.total:
+    def end_round(self, weights: RoleWeights) -> None:
+        self.receive_pending(weights)
+        if weights.at(SERVER) and self.mean.total:
             self.mean.write(self.start)
-            live.load(self.start)
+            weights.load(self.start)
             self.start_state = self.mean_state.take()
         self.start = {}
 
-    def show(self, live: Live, alice: Party) -> None:
-        agreed = live.carry(self.start or live.weights, SERVER, alice, "weights")
-        if live.at(alice):
-            self.aside = copied(live.weights) if self.start or not live.at(SERVER) else {}
-            live.load(agreed)
+    def begin_evaluation(self, weights: RoleWeights, alice: Party) -> None:
+        agreed = weights.carry(self.start or weights.tensors, SERVER, alice, "weights")
+        if weights.at(alice):
+            self.aside = copied(weights.tensors) if self.start or not weights.at(SERVER) else {}
+            weights.load(agreed)
 
-    def hide(self, live: Live) -> None:
-        live.load(self.aside)
+    def end_evaluation(self, weights: RoleWeights) -> None:
+        weights.load(self.aside)
         self.aside = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,36 +117,36 @@ class MeanGradient(Sharing):
     def __post_init__(self) -> None:
         check_choice("weighting", self.weighting, WEIGHTINGS)
 
-    def take(self, live: Live, alice: Party) -> None:
+    def begin_turn(self, weights: RoleWeights, alice: Party) -> None:
         if self.givers:
-            live.load(self.start)
+            weights.load(self.start)
         else:
-            self.start = copied(live.buffers)
-        self._catch_up(live, alice)
+            self.start = copied(weights.buffers)
+        self._catch_up(weights, alice)
 
-    def show(self, live: Live, alice: Party) -> None:
-        self._catch_up(live, alice)
+    def begin_evaluation(self, weights: RoleWeights, alice: Party) -> None:
+        self._catch_up(weights, alice)
 
-    def _catch_up(self, live: Live, alice: Party) -> None:
+    def _catch_up(self, weights: RoleWeights, alice: Party) -> None:
         if self.abreast is not None and alice not in self.abreast:  # she has missed a step
-            live.load(live.carry(live.weights, SERVER, alice, "weights"))
-            live.load_state(live.carry(live.state, SERVER, alice, "optimizer_state"))
+            weights.load(weights.carry(weights.tensors, SERVER, alice, "weights"))
+            weights.load_state(weights.carry(weights.state, SERVER, alice, "optimizer_state"))
             self.abreast.add(alice)
 
-    def give(self, live: Live, alice: Party, num_rows: int) -> None:
-        gradients = live.carry(live.gradients, alice, SERVER, "weight_gradient")
-        buffers = live.carry(live.buffers, alice, SERVER, "weights")
+    def end_turn(self, weights: RoleWeights, alice: Party, num_rows: int) -> None:
+        gradients = weights.carry(weights.gradients, alice, SERVER, "weight_gradient")
+        buffers = weights.carry(weights.buffers, alice, SERVER, "weights")
         self.mean.add({**gradients, **buffers}, num_rows if self.weighting == "samples" else 1)
         self.givers.append(alice)
 
-    def end_round(self, live: Live) -> None:
-        if live.at(SERVER) and self.mean.total:
+    def end_round(self, weights: RoleWeights) -> None:
+        if weights.at(SERVER) and self.mean.total:
             means = self.mean.take()
-            live.load({name: means[name] for name in live.buffers})
-            live.load_gradients({name: mean for name, mean in means.items() if name in live.trained})
+            weights.load({name: means[name] for name in weights.buffers})
+            weights.load_gradients({name: mean for name, mean in means.items() if name in weights.trained})
         for alice in self.givers:
-            live.load_gradients(live.carry(live.gradients, SERVER, alice, "weight_gradient"))
-            live.load(live.carry(live.buffers, SERVER, alice, "weights"))
+            weights.load_gradients(weights.carry(weights.gradients, SERVER, alice, "weight_gradient"))
+            weights.load(weights.carry(weights.buffers, SERVER, alice, "weights"))
         self.abreast = {*self.givers} if self.givers else self.abreast
         self.givers, self.start = [], {}
 

@@ -15,7 +15,7 @@ from splitlearn.layout import Party, Role
 from splitlearn.network import Batch, SplitNetwork
 from splitlearn.schedules.schedule import Schedule
 from splitlearn.schedules.sharing import Personal
-from splitlearn.schedules.weights import Live
+from splitlearn.schedules.weights import RoleWeights
 
 
 class Rounds:
@@ -39,16 +39,16 @@ class Rounds:
         self.step: dict[Party, Batch] = {}  # the one at hand
         roles = [role for role in network.layout.roles if network.wire.hosts(role)]
         self.sharings = {role: copy.deepcopy(schedule.alice if role == "alice" else schedule.bob) for role in roles}
-        self.lives = {role: Live(role, network.segments_of(role), network.wire) for role in roles}
+        self.weights = {role: RoleWeights(role, network.segments_of(role), network.wire) for role in roles}
         self.deferred = [role for role, sharing in self.sharings.items() if sharing.defers]
         self.at_once = [role for role in roles if role not in self.deferred]
         self.personal = isinstance(schedule.alice, Personal)
 
     def find(self, optimizers: Mapping[Role, Optimizer] | None = None) -> None:
         """Before training or evaluation: look the weights up where they are now, and take the optimizers to move."""
-        for role, live in self.lives.items():
-            live.optimizer = (optimizers or {}).get(role, live.optimizer)
-            live.find()
+        for role, weights in self.weights.items():
+            weights.optimizer = (optimizers or {}).get(role, weights.optimizer)
+            weights.find()
 
     def present(self, batches: Mapping[Party, Batch]) -> Iterator[tuple[Party, Batch]]:
         """The mini-batches of a step, without those of Alices who are gone."""
@@ -63,39 +63,39 @@ class Rounds:
     @property
     def gradients(self) -> dict[Role, dict[str, Tensor]]:
         """Those of every role, by the names of its weights."""
-        return {role: live.gradients for role, live in self.lives.items()}
+        return {role: weights.gradients for role, weights in self.weights.items()}
 
     def load_gradients(self, gradients: Mapping[Role, Mapping[str, Tensor]]) -> None:
         for role, of_role in gradients.items():
-            self.lives[role].load_gradients(of_role)
+            self.weights[role].load_gradients(of_role)
 
-    def take(self, alice: Party) -> None:
+    def begin_turn(self, alice: Party) -> None:
         """The turn is Alice's from now on."""
         if self.taking and alice == self.holder:
             return
-        self._give()
-        for role, live in self.lives.items():
-            self.sharings[role].take(live, alice)
+        self._end_turn()
+        for role, weights in self.weights.items():
+            self.sharings[role].begin_turn(weights, alice)
         self.holder, self.taking = alice, True
         self.turns.pop(alice, None)
         self.turns[alice] = None
 
     def end(self) -> None:
         """The round is over."""
-        self._give()
-        for role, live in self.lives.items():
-            self.sharings[role].end_round(live)
+        self._end_turn()
+        for role, weights in self.weights.items():
+            self.sharings[role].end_round(weights)
 
-    def show(self) -> None:
-        """Until `hide`, the weights are those that all agree on, if a round is going on."""
-        for role, live in self.lives.items():
-            self.sharings[role].show(live, self.holder)
+    def begin_evaluation(self) -> None:
+        """Until `end_evaluation`, the weights are those that all agree on, if a round is going on."""
+        for role, weights in self.weights.items():
+            self.sharings[role].begin_evaluation(weights, self.holder)
 
-    def hide(self) -> None:
-        for role, live in self.lives.items():
-            self.sharings[role].hide(live)
+    def end_evaluation(self) -> None:
+        for role, weights in self.weights.items():
+            self.sharings[role].end_evaluation(weights)
 
-    def predict(self, batch: Batch) -> Iterator[tuple[Party, Tensor, Tensor, Tensor | None]]:
+    def evaluate(self, batch: Batch) -> Iterator[tuple[Party, Tensor, Tensor, Tensor | None]]:
         """Yield who evaluates, output, labels and owners, on meta where the loss is held in another process.
 
         The last Alice who trained evaluates a batch; where bottoms are personal, each row goes through its owner's.
@@ -108,7 +108,7 @@ class Rounds:
         for i, alice in enumerate(self.schedule.takers):
             mine = batch if batch.owners is None else _rows_of(batch, batch.owners == i)
             if len(mine.ids) and alice not in self.gone:
-                self._take_alone(alice)
+                self._load_bottom_of(alice)
                 torch.clear_autocast_cache()  # it may hold the half-precision copies of another's weights
                 output, labels, _ = self.network(mine, self.network.layout.cast(alice))
                 yield alice, output, labels, torch.full_like(labels, i)
@@ -116,16 +116,16 @@ class Rounds:
     @contextmanager
     def as_of(self, alice: Party) -> Iterator[None]:
         """The network as Alice has it at this moment: with her own bottom, where bottoms are personal."""
-        if not self.personal or "alice" not in self.lives:
+        if not self.personal or "alice" not in self.weights:
             yield
             return
-        sharing, live = self.sharings["alice"], self.lives["alice"]
-        sharing.show(live, alice)
-        sharing.take(live, alice)
+        sharing, weights = self.sharings["alice"], self.weights["alice"]
+        sharing.begin_evaluation(weights, alice)
+        sharing.begin_turn(weights, alice)
         try:
             yield
         finally:
-            sharing.hide(live)
+            sharing.end_evaluation(weights)
 
     def state_dict(self) -> dict[str, Any]:
         sharings = {role: sharing.state_dict() for role, sharing in self.sharings.items()}
@@ -146,23 +146,23 @@ class Rounds:
             self.taking, self.num_rows = False, 0
             before = next(reversed(self.turns), None)
             for sharing in self.sharings.values():
-                sharing.fall_back(before)
+                sharing.restore(before)
             self.holder = before or next(taker for taker in self.schedule.takers if taker not in parties)
 
-    def settle(self) -> None:
+    def receive_pending(self) -> None:
         """Receive what is under way, before all save their state."""
-        for role, live in self.lives.items():
-            self.sharings[role].settle(live)
+        for role, weights in self.weights.items():
+            self.sharings[role].receive_pending(weights)
 
-    def _take_alone(self, alice: Party) -> None:
+    def _load_bottom_of(self, alice: Party) -> None:
         """Alice's bottom alone, for evaluation, where bottoms are personal."""
-        if "alice" in self.lives:
-            self.sharings["alice"].take(self.lives["alice"], alice)
+        if "alice" in self.weights:
+            self.sharings["alice"].begin_turn(self.weights["alice"], alice)
 
-    def _give(self) -> None:
+    def _end_turn(self) -> None:
         if self.taking:
-            for role, live in self.lives.items():
-                self.sharings[role].give(live, self.holder, self.num_rows)
+            for role, weights in self.weights.items():
+                self.sharings[role].end_turn(weights, self.holder, self.num_rows)
         self.taking, self.num_rows = False, 0
 
 

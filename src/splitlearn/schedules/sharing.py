@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from splitlearn.layout import Party
-from splitlearn.schedules.weights import Live, copied
+from splitlearn.schedules.weights import RoleWeights, copied
 from splitlearn.wire import SERVER
 
 POLICIES = ("carry", "reset", "keep")
@@ -27,25 +27,25 @@ class Sharing:
     way = ""
     """How an Alice's weights cross, `{}` being their bytes; nothing where they do not."""
 
-    def take(self, live: Live, alice: Party) -> None:
-        """Make `live` what `alice` begins her turn with."""
+    def begin_turn(self, weights: RoleWeights, alice: Party) -> None:
+        """Make `weights` what `alice` begins her turn with."""
 
-    def give(self, live: Live, alice: Party, num_rows: int) -> None:
+    def end_turn(self, weights: RoleWeights, alice: Party, num_rows: int) -> None:
         """Her turn, of `num_rows` rows, is over."""
 
-    def end_round(self, live: Live) -> None:
+    def end_round(self, weights: RoleWeights) -> None:
         """All turns of the round are over."""
 
-    def settle(self, live: Live) -> None:
+    def receive_pending(self, weights: RoleWeights) -> None:
         """Receive what is under way, so that nothing is lost when all save their state."""
 
-    def show(self, live: Live, alice: Party) -> None:
-        """Until `hide`, make `live` what all agree on, for `alice` to evaluate, be it in the middle of a round."""
+    def begin_evaluation(self, weights: RoleWeights, alice: Party) -> None:
+        """Until `end_evaluation`, load what all agree on, for `alice` to evaluate, be it in the middle of a round."""
 
-    def hide(self, live: Live) -> None:
+    def end_evaluation(self, weights: RoleWeights) -> None:
         """Go on training."""
 
-    def fall_back(self, alice: Party | None) -> None:
+    def restore(self, alice: Party | None) -> None:
         """Who had the turn is gone for good; `alice` had it before her, None: nobody who is left."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,22 +83,22 @@ class Handoff(Sharing):
         peer = "each alice -> the next: weights, {} bytes a turn"
         return peer if self.handoff == "peer" else peer.replace("the next", "server -> the next") + ", twice"
 
-    def take(self, live: Live, alice: Party) -> None:
+    def begin_turn(self, weights: RoleWeights, alice: Party) -> None:
         if self.holder in (None, alice):  # nobody gives the first Alice her first weights
             self.holder = alice
             return
         giver, self.holder = self.holder, alice
         way = [giver, alice] if self.handoff == "peer" else [giver, SERVER, alice]
         for src, dst in pairwise(way):
-            live.load(live.carry(live.weights, src, dst, "weights"))
+            weights.load(weights.carry(weights.tensors, src, dst, "weights"))
             if self.optimizer_state == "carry":
-                live.load_state(live.carry(live.state, src, dst, "optimizer_state"))
-        if self.optimizer_state == "keep" and live.at(giver):
-            self.kept[giver] = live.own_state()
-        if self.optimizer_state != "carry" and live.at(alice):
-            live.set_state(self.kept.pop(alice, {}))
+                weights.load_state(weights.carry(weights.state, src, dst, "optimizer_state"))
+        if self.optimizer_state == "keep" and weights.at(giver):
+            self.kept[giver] = weights.own_state()
+        if self.optimizer_state != "carry" and weights.at(alice):
+            weights.set_state(self.kept.pop(alice, {}))
 
-    def fall_back(self, alice: Party | None) -> None:
+    def restore(self, alice: Party | None) -> None:
         self.holder = alice  # who still has what she handed over
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,23 +120,23 @@ class Personal(Sharing):
     holder: Party | None = field(default=None, init=False, repr=False)
     before: Party | None = field(default=None, init=False, repr=False)
 
-    def take(self, live: Live, alice: Party) -> None:
-        if alice == self.holder or not live.at(alice):  # in a process of her own each has hers at home
+    def begin_turn(self, weights: RoleWeights, alice: Party) -> None:
+        if alice == self.holder or not weights.at(alice):  # in a process of her own each has hers at home
             return
-        self.first = self.first or copied(live.weights)
+        self.first = self.first or copied(weights.tensors)
         if self.holder is not None:
-            self.own[self.holder] = {"weights": copied(live.weights), "state": live.own_state()}
+            self.own[self.holder] = {"weights": copied(weights.tensors), "state": weights.own_state()}
         mine = self.own.pop(alice, {"weights": self.first, "state": {}})
-        live.load(mine["weights"])
-        live.set_state(mine["state"])
+        weights.load(mine["weights"])
+        weights.set_state(mine["state"])
         self.holder = alice
 
-    def show(self, live: Live, alice: Party) -> None:
+    def begin_evaluation(self, weights: RoleWeights, alice: Party) -> None:
         self.before = self.holder
 
-    def hide(self, live: Live) -> None:
+    def end_evaluation(self, weights: RoleWeights) -> None:
         if self.before is not None:
-            self.take(live, self.before)
+            self.begin_turn(weights, self.before)
 
     def state_dict(self) -> dict[str, Any]:
         return {"first": self.first, "own": self.own, "holder": self.holder}

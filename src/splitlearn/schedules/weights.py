@@ -1,4 +1,4 @@
-"""The one live copy of what a role trains: its weights and its optimizer's state."""
+"""The one copy of what a role trains: its weights and its optimizer's state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from splitlearn.layout import Party, Role
 from splitlearn.wire import Wire
 
 
-class Live:
+class RoleWeights:
     """The weights (buffers included) and the optimizer of a role; whoever has the turn trains them.
 
     Arguments:
@@ -45,7 +45,7 @@ class Live:
         return {name: value for name, value in found.items() if value is not None}
 
     @property
-    def weights(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         return {**self.parameters, **self.buffers}
 
     @property
@@ -78,7 +78,7 @@ class Live:
         return self.wire.carry_all(tensors if self.at(src) else self._shapes(kind), src, dst, kind)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        write(self.weights, tensors)
+        write(self.tensors, tensors)
 
     def load_gradients(self, tensors: Mapping[str, Tensor]) -> None:
         """Make these the gradients of the weights of their names."""

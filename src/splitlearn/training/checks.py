@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -81,7 +82,7 @@ def _try(loss: nn.Module, output: Tensor) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # torch only warns of shapes that it stretches to fit
-            value = loss(rows, labels)
+            value = copy.deepcopy(loss)(rows, labels)  # one that counts or keeps does so from training on
     except Exception as error:  # whatever a user's own loss may raise
         shapes = f"an output of shape {list(rows.shape)} and labels of shape {list(labels.shape)}"
         raise ValueError(f"`loss` (={name}) does not take {shapes} ({error}): {cure}") from error

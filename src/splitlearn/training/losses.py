@@ -31,7 +31,7 @@ class MeanLoss:
     torch's cross-entropy and NLL, and what is derived from them, divide by the class weights of the labels that are not
     `ignore_index` (a class: data refuse labels below 0), its other losses by the rows. With `reduction=sum` values add
     up, and for a mean are divided by the rows. A loss of one's own says what it divides by in a method
-    `weight_of(output, labels)`; without, nothing is known of it, and means that are only logged are taken over rows.
+    `weight_of(labels)`; without, nothing is known of it, and means that are only logged are taken over rows.
 
     Arguments:
         module: (output, labels) to a scalar.
@@ -48,10 +48,10 @@ class MeanLoss:
         self.joins = len(schedule.takers) > 1 and any(sharing.weighting == "samples" for sharing in sharings)
         self._check(layout, micro_batches)
 
-    def weight_of(self, output: Tensor | None, labels: Tensor) -> Weight:
+    def weight_of(self, labels: Tensor) -> Weight:
         """What the loss of these rows divides by; where it adds up, and where nothing is known, their number."""
         if hasattr(self.module, "weight_of"):
-            return self.module.weight_of(output, labels)  # type: ignore[operator]
+            return self.module.weight_of(labels)  # type: ignore[operator]
         if not self._weighs or labels.is_floating_point():
             return len(labels)
         module: Any = self.module
@@ -74,7 +74,9 @@ class MeanLoss:
         if self.adds_up:
             return Loss(value, value, weight)
         if isinstance(weight, Tensor):
-            if self.module.weight is None:  # where all labels are ignored, torch's mean is NaN and its gradients zeros
+            if (
+                self._weighs and self.module.weight is None
+            ):  # where all labels are ignored, torch's mean is NaN and its gradients zeros
                 value = torch.where(weight > 0, value, 0.0)
             return Loss(value, value * weight, weight)
         return Loss(value, value * weight, weight)
@@ -84,13 +86,13 @@ class MeanLoss:
 
         `step` are the mini-batches of all who take part in it.
         """
-        if not self.joins or len(step) == 1 or not (self.adds_up or self._weighs):
+        if not self.joins or len(step) == 1 or not (self.adds_up or self._weighs or hasattr(self.module, "weight_of")):
             return 1
         rows = {party: len(batch.ids) for party, batch in step.items()}
         mean_rows = sum(rows.values()) / rows[alice]
         if self.adds_up:
             return mean_rows
-        weights = {party: self.weight_of(None, batch.fields["y"]) for party, batch in step.items()}
+        weights = {party: self.weight_of(batch.fields["y"]) for party, batch in step.items()}
         return mean_rows * weights[alice] / sum(weights.values())
 
     @property
@@ -110,7 +112,7 @@ class MeanLoss:
         if own and parts and not hasattr(self.module, "weight_of"):
             raise ValueError(
                 f"`loss` (={name}) must say what it divides by, since {parts} puts parts of it together: give it a "
-                "method weight_of(output, labels), len(labels) if it is a mean over rows"
+                "method weight_of(labels), len(labels) if it is a mean over rows"
             )
         if self.joins and (own or self._weighs) and (owner == "alice" or holder != owner):
             raise ValueError(
