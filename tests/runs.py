@@ -12,7 +12,7 @@ from pytorch_lightning.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from splitlearn.callbacks.run import Results
+from splitlearn.callbacks.results import Results
 from splitlearn.data import Source, SplitData
 from splitlearn.data.loader import EvalLoader, TurnLoader
 from splitlearn.data.partition import iid

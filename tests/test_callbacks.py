@@ -22,7 +22,8 @@ from torch.utils.data import TensorDataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from splitlearn.callbacks.partition_figure import who_has_what
-from splitlearn.callbacks.run import ProgressBar, Results, write_whole
+from splitlearn.callbacks.progress import ProgressBar
+from splitlearn.callbacks.results import Results, write_whole
 from splitlearn.callbacks.tensorboard import Watch, _strip, has_many_alices
 from splitlearn.data import Source, SplitData
 from splitlearn.errors import InputError

@@ -14,7 +14,8 @@ from pytorch_lightning.callbacks import Callback
 from runs import difference, end_state, make_data, make_learner, make_trainer, results
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from splitlearn.callbacks.run import Interrupt, Results
+from splitlearn.callbacks.interrupt import Interrupt
+from splitlearn.callbacks.results import Results
 from splitlearn.training.stopping import StoppedError, raising
 
 PLATEAU = partial(ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.1)

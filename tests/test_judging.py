@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from runs import fit, make_data, make_learner, make_trainer, results
 
 from splitlearn.callbacks.per_alice import Judge, performance_gap
-from splitlearn.callbacks.run import Results
+from splitlearn.callbacks.results import Results
 from splitlearn.schedules.aggregation import Average, MeanGradient
 from splitlearn.schedules.sharing import Personal
 from splitlearn.schedules.weights import copied

@@ -9,7 +9,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from runs import TWO_PARTY, batches_of, difference, end_state, make_data, make_learner, make_trainer, results, weights
 from torch import nn
 
-from splitlearn.callbacks.run import Results
+from splitlearn.callbacks.results import Results
 from splitlearn.errors import DivergedError
 from splitlearn.layout import u_shaped, whole
 from splitlearn.learner import SplitLearner

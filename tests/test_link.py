@@ -12,7 +12,7 @@ from torch import nn
 
 from splitlearn.build import build
 from splitlearn.callbacks.link_seconds import Prediction
-from splitlearn.callbacks.run import Results
+from splitlearn.callbacks.results import Results
 from splitlearn.costs.link import Link, make_link
 from splitlearn.costs.timeline import Diary, Exchange, Timeline, in_rounds
 from splitlearn.errors import InputError

@@ -26,7 +26,8 @@ from runs import (
     weights,
 )
 
-from splitlearn.callbacks.run import Interrupt, ProgressBar
+from splitlearn.callbacks.interrupt import Interrupt
+from splitlearn.callbacks.progress import ProgressBar
 from splitlearn.callbacks.tensorboard import Watch
 from splitlearn.layout import whole
 from splitlearn.learner import SplitLearner

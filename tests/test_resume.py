@@ -23,7 +23,7 @@ from runs import (
 )
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
-from splitlearn.callbacks.run import Results
+from splitlearn.callbacks.results import Results
 from splitlearn.errors import InputError
 from splitlearn.layout import multi_hop, two_party, u_shaped, whole
 from splitlearn.schedules.aggregation import Average, MeanGradient

@@ -12,7 +12,7 @@ from runs import make_data, make_learner, make_trainer
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from splitlearn.callbacks.run import Results
+from splitlearn.callbacks.results import Results
 from splitlearn.data import Source, SplitData
 from splitlearn.errors import DivergedError, InputError
 from splitlearn.layout import two_party

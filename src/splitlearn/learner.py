@@ -9,7 +9,6 @@ from itertools import product
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.precision import DoublePrecision
 from pytorch_lightning.trainer.states import TrainerFn
@@ -19,14 +18,12 @@ from torch.optim import Optimizer
 
 from splitlearn.costs.flops import Meter
 from splitlearn.data.loader import Turns
-from splitlearn.errors import DivergedError
 from splitlearn.layout import Party, Role
 from splitlearn.ledger import Ledger
 from splitlearn.network import Batch, SplitNetwork, micro
 from splitlearn.schedules.rounds import Rounds
 from splitlearn.schedules.schedule import Schedule
 from splitlearn.training.checks import (
-    blame,
     check_accumulation,
     check_finite,
     check_kind,
@@ -36,13 +33,14 @@ from splitlearn.training.checks import (
     described,
     warn_of_raw_rows,
 )
+from splitlearn.training.evaluation import Evaluation, Part
 from splitlearn.training.losses import Loss, MeanLoss
-from splitlearn.training.metrics import EpochLoss, Tally, means
+from splitlearn.training.metrics import EpochLoss
 from splitlearn.training.optimizers import MakeOptimizer, Stepper, by_role, check_callbacks, options_of
-from splitlearn.training.pace import Pace, Stretch, go_on
+from splitlearn.training.pace import Pace, Stretch
+from splitlearn.training.run_state import restore, state_of
 
 SETTINGS = ("precision", "limit_train_batches", "overfit_batches")  # of the trainer, that change what is computed
-Part = dict[str, Tensor | None]  # `output`, `labels` and `owners` of the rows that one Alice has evaluated
 
 
 class SplitLearner(pl.LightningModule):
@@ -101,12 +99,12 @@ class SplitLearner(pl.LightningModule):
         self.scheduler, self.interval, self.monitor = scheduler, interval, monitor
         self.clip = {"gradient_clip_val": gradient_clip_val, "gradient_clip_algorithm": gradient_clip_algorithm}
         self.steps_per_execution = steps_per_execution
-        self.ledger, self.evaluation_ledger = network.wire.ledger, Ledger()
+        self.ledger, self.evaluation = network.wire.ledger, Evaluation(network, self.rounds, self.means)
         self.meter = Meter(network, self.ledger)
         self.num_classes, self.micro_batches = num_classes, micro_batches
         self.accumulate = accumulate_grad_batches
         self.accumulated: dict[str, Any] = {}  # what a checkpoint knew of gradients that no optimizer had taken
-        self.tally, self.epoch_loss = Tally(), EpochLoss()
+        self.epoch_loss = EpochLoss()
         self.measured: dict[str, Tensor] = {}  # what a checkpoint knew of `trainer.callback_metrics`
 
     def training_step(self, stretch: Stretch[Turns], batch_idx: int) -> None:
@@ -133,10 +131,14 @@ class SplitLearner(pl.LightningModule):
             self._step_at_once()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> list[Part]:  # type: ignore[override]
-        return self._evaluate(batch, "val")
+        return self.evaluation.step(batch, "val", self.trainer.global_step)
 
     def test_step(self, batch: Batch, batch_idx: int) -> list[Part]:  # type: ignore[override]
-        return self._evaluate(batch, "test")
+        return self.evaluation.step(batch, "test", self.trainer.global_step)
+
+    @property
+    def evaluation_ledger(self) -> Ledger:
+        return self.evaluation.ledger
 
     @property
     def mean_loss(self) -> float:
@@ -217,35 +219,21 @@ class SplitLearner(pl.LightningModule):
             )
 
     def on_validation_start(self) -> None:
-        self.rounds.receive_pending()  # what is under way is of the training
-        self.network.wire.ledger = self.evaluation_ledger
-        self.rounds.find()
-        self.rounds.begin_evaluation()
-        self.tally = Tally()
+        self.evaluation.begin()
 
     def on_validation_epoch_end(self) -> None:
-        self._end_evaluation("val")
+        self._log_evaluation("val")
 
     on_test_start = on_validation_start
 
     def on_test_epoch_end(self) -> None:
-        self._end_evaluation("test")
+        self._log_evaluation("test")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_finite(self, self.trainer.global_step)
         self.rounds.receive_pending()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        checkpoint["splitlearn"] = {
-            "kind": {**self.kind(data), **self.settings(data)},
-            "rounds": self.rounds.state_dict(),
-            "bytes": [self.ledger.table(), self.evaluation_ledger.table()],
-            "passes": dict(self.ledger.passes),
-            "loss": self.epoch_loss.state_dict(),
-            "measured": dict(self.trainer.callback_metrics),
-            "buffers": self.network.unsaved(),
-            "left": self.pace.left,
-            "accumulated": self._accumulated(),
-        }
+        checkpoint["splitlearn"] = {"kind": {**self.kind(data), **self.settings(data)}, **state_of(self)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if isinstance(self.trainer.precision_plugin, DoublePrecision):
@@ -254,22 +242,7 @@ class SplitLearner(pl.LightningModule):
         trains = self.trainer.state.fn == TrainerFn.FITTING
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         check_kind(self.settings(data) if trains else self.kind(data), state["kind"])
-        self.rounds.load_state_dict(state["rounds"])
-        self.network.load_unsaved(state.get("buffers", {}))
-        if trains:
-            self._go_on(state, checkpoint["loops"]["fit_loop"])
-
-    def _go_on(self, state: dict[str, Any], fit_loop: dict[str, Any]) -> None:
-        self.ledger.load(state["bytes"][0])
-        self.evaluation_ledger.load(state["bytes"][1])
-        self.epoch_loss.load_state_dict(state["loss"])
-        self.ledger.passes, self.measured = state["passes"], state["measured"]
-        self.accumulated = state["accumulated"]
-        go_on(fit_loop, state["left"])
-
-    def _accumulated(self) -> dict[str, Any]:
-        waiting = self.stepper.waiting
-        return {"waiting": waiting, "gradients": self.rounds.gradients} if waiting else {}
+        restore(self, state, checkpoint["loops"]["fit_loop"] if trains else None)
 
     def _step_at_once(self) -> None:
         """Let those optimizers step that need not wait for the end of the round."""
@@ -311,21 +284,7 @@ class SplitLearner(pl.LightningModule):
             parts.append(loss.detach())
         return self.means.join(parts, weights) if parts else None
 
-    def _evaluate(self, batch: Batch, stage: str) -> list[Part]:
-        parts: list[Part] = []
-        for alice, output, labels, owners in (part for part in self.rounds.evaluate(batch) if not part[1].is_meta):
-            weight = self.means.weight_of(labels)
-            loss = self.means.join([self.loss(output, labels).detach()], [weight])
-            if not torch.isfinite(loss.total):
-                steps = self.trainer.global_step
-                raise DivergedError(f"{stage}/loss is {loss.value.item()} after {steps} mini-batches: {blame(batch)}")
-            self.tally.add(alice, loss, output, labels)
-            parts.append({"output": output, "labels": labels, "owners": owners})
-        return parts
-
-    def _end_evaluation(self, stage: str) -> None:
-        self.rounds.end_evaluation()  # here, since a checkpoint may be saved in the callbacks' on_validation_end
-        self.network.wire.ledger = self.ledger
-        told = self.network.wire.gather_by_alice(self.tally.values(), self.layout.stages[-1].role)
-        measured = means(told)
+    def _log_evaluation(self, stage: str) -> None:
+        """Here, since a checkpoint may be saved in the callbacks' on_validation_end."""
+        measured = self.evaluation.end()
         self.log_dict({f"{stage}/{name}": value for name, value in measured.items()}, prog_bar=True)

@@ -18,7 +18,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from splitlearn.build import as_input_error, build, make, one_line
 from splitlearn.callbacks.layout_drawing import draw
-from splitlearn.callbacks.run import write_whole
+from splitlearn.callbacks.results import write_whole
 from splitlearn.callbacks.summary import finishing, log_hyperparameters, print_table, quieten
 from splitlearn.certificates import Identity, make_identities
 from splitlearn.errors import DivergedError, InputError
@@ -41,7 +41,7 @@ LOCAL = (
     *("trainer.accelerator", "trainer.devices", "trainer.enable_progress_bar", "trainer.default_root_dir"),
     *("trainer.profiler", "trainer.benchmark", "trainer.log_every_n_steps", "trainer.enable_model_summary"),
 )
-INTERRUPT, DRAWING = "splitlearn.callbacks.run.Interrupt", "splitlearn.callbacks.run.Drawing"
+INTERRUPT, DRAWING = "splitlearn.callbacks.interrupt.Interrupt", "splitlearn.callbacks.progress.Drawing"
 COLUMN_OWNERS = ("vertical", "extended_vanilla")
 # Of these one line says enough.
 EXPECTED = (InputError, DivergedError, MisconfigurationException, FrameError, SealError)

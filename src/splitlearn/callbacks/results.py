@@ -1,65 +1,21 @@
-"""What goes with a run: the progress bar, results.json, and Ctrl-C."""
+"""What a run leaves in results.json."""
 
 from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback
 
-from splitlearn.callbacks.layout_drawing import draw
 from splitlearn.callbacks.tensorboard import has_many_alices
 from splitlearn.costs.flops import clients
 from splitlearn.errors import told_if_full
 from splitlearn.learner import SplitLearner
-from splitlearn.training.stopping import StoppedError, heeded, was_stopped_by
-
-
-class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, counting mini-batches and showing the epoch's mean loss so far."""
-
-    content_with_stretches = True
-
-    def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        super().on_train_start(trainer, *args)
-        # Lightning sets it where an epoch starts, and a resumed run may start in the middle of one.
-        self.train_progress_bar.total = int(trainer.num_training_batches)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.fit_loop.batch_idx)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
-        if isinstance(pl_module, SplitLearner):
-            self.print(f"Epoch {trainer.current_epoch} - Training loss: {pl_module.mean_loss}")
-
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        if not isinstance(pl_module, SplitLearner) or math.isnan(pl_module.mean_loss):  # another party has it
-            return metrics
-        return {**metrics, "loss": f"{pl_module.mean_loss:.3f}"}
-
-
-class Drawing(Callback):
-    """Prints the layout before training: who owns what, and what crosses each cut in the precision of the run."""
-
-    def on_fit_start(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        rows = trainer.precision_plugin.convert_input(data.sample())
-        with trainer.precision_plugin.forward_context():
-            # What other processes hold is on meta: of it only the shape is drawn.
-            fields = {**learner.network.sample, **{name: field.to(learner.device) for name, field in rows.items()}}
-            print(draw(learner.network, fields, data.batch_size, learner.schedule), flush=True)
 
 
 class Results(Callback):
@@ -142,53 +98,6 @@ class Results(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.epochs, self.validated = state_dict["epochs"], state_dict["validated"]
         self.earlier = state_dict["seconds"]
-
-
-class Interrupt(Callback):
-    """Ctrl-C, SIGTERM or SIGHUP ends the stretch or the validation at hand, saves a checkpoint and stops.
-
-    A second one stops at once.
-
-    Without this, one party's optimizer would have stepped and another's not.
-    """
-
-    content_with_stretches = True
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.asked: int | None = None  # the number of the signal
-        self.before: dict[int, Any] = {}
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.asked = None
-        if threading.current_thread() is threading.main_thread():  # no other may listen to signals
-            self.before = {number: signal.signal(number, self._ask) for number in heeded()}
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._stop(trainer)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop(trainer)
-        self._restore()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._restore()
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = number
-        self._restore()
-
-    def _stop(self, trainer: pl.Trainer) -> None:
-        if self.asked is not None:
-            trainer.save_checkpoint(self.path)
-            where = f"behind mini-batch {trainer.global_step}"
-            cure = f"To go on from there, resume with ckpt={self.path}"
-            raise StoppedError(self.asked, f"the run {was_stopped_by(self.asked)} {where}. {cure}")
-
-    def _restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
 
 
 def write_whole(path: Path, text: str) -> None:

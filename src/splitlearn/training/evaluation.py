@@ -1,0 +1,57 @@
+"""A validation or a test: what the network that all agree on makes of rows that are held out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitlearn.errors import DivergedError
+from splitlearn.ledger import Ledger
+from splitlearn.network import Batch, SplitNetwork
+from splitlearn.schedules.rounds import Rounds
+from splitlearn.training.checks import blame
+from splitlearn.training.losses import MeanLoss
+from splitlearn.training.metrics import Tally, means
+
+Part = dict[str, Tensor | None]
+"""`output`, `labels` and `owners` of the rows that one Alice has evaluated."""
+
+
+class Evaluation:
+    """Runs the held-out rows, and adds up loss and correct answers where the loss is held.
+
+    What crosses is counted in a `ledger` of its own, apart from that of training.
+    """
+
+    def __init__(self, network: SplitNetwork, rounds: Rounds, loss: MeanLoss) -> None:
+        self.network, self.rounds, self.loss = network, rounds, loss
+        self.ledger, self.trained = Ledger(), network.wire.ledger
+        self.tally = Tally()
+
+    def begin(self) -> None:
+        self.rounds.receive_pending()  # what is under way is of the training
+        self.network.wire.ledger = self.ledger
+        self.rounds.find()
+        self.rounds.begin_evaluation()
+        self.tally = Tally()
+
+    def step(self, batch: Batch, stage: str, num_steps: int) -> list[Part]:
+        """Return what is held here. Raises DivergedError, behind `num_steps` of training, for a loss not finite."""
+        parts: list[Part] = []
+        for alice, output, labels, owners in (part for part in self.rounds.evaluate(batch) if not part[1].is_meta):
+            loss = self.loss.join([self.loss.module(output, labels).detach()], [self.loss.weight_of(labels)])
+            if not torch.isfinite(loss.total):
+                told = f"{stage}/loss is {loss.value.item()} after {num_steps} mini-batches"
+                raise DivergedError(f"{told}: {blame(batch)}")
+            self.tally.add(alice, loss, output, labels)
+            parts.append({"output": output, "labels": labels, "owners": owners})
+        return parts
+
+    def end(self) -> dict[str, Any]:
+        """Go on training. Return loss and accuracy over the rows of all processes."""
+        self.rounds.end_evaluation()
+        self.network.wire.ledger = self.trained
+        holder = self.network.layout.stages[-1].role
+        return means(self.network.wire.gather_by_alice(self.tally.values(), holder))
