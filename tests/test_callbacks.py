@@ -361,3 +361,12 @@ def test_what_cannot_be_written_is_told_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(InputError, match="No space left on device"):
         write_whole(tmp_path / "results.json", "{}")
+
+
+@pytest.mark.parametrize(("val_rows", "bars"), [(3, 0), (7, 2)])
+def test_a_validation_of_one_batch_has_no_bar(val_rows, bars, tmp_path, capfd):
+    data = make_data(val_rows=val_rows)
+    trainer = make_trainer(tmp_path, [ProgressBar()], enable_progress_bar=True)
+    trainer.fit(make_learner(data), datamodule=data)
+    told = capfd.readouterr()
+    assert (told.out + told.err).count("Validation DataLoader 0: 100%") == bars

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 
 from splitlearn.callbacks.layout_drawing import draw
 from splitlearn.learner import SplitLearner
@@ -16,6 +17,14 @@ class ProgressBar(TQDMProgressBar):
     """Lightning's bar, counting mini-batches and showing the epoch's mean loss so far."""
 
     content_with_stretches = True
+
+    # A bar of one batch is full at once, and only flickers.
+
+    def init_validation_tqdm(self) -> Tqdm:
+        return super().init_validation_tqdm() if sum(self.trainer.num_val_batches) > 1 else Tqdm(disable=True)
+
+    def init_test_tqdm(self) -> Tqdm:
+        return super().init_test_tqdm() if sum(self.trainer.num_test_batches) > 1 else Tqdm(disable=True)
 
     def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
         super().on_train_start(trainer, *args)
