@@ -20,7 +20,7 @@ from splitlearn.certificates import Identity
 from splitlearn.federation.frame import FrameError, Header, pack
 from splitlearn.federation.hub import Hub
 from splitlearn.federation.remote_wire import RemoteWire
-from splitlearn.federation.streams import Greeting, Member, Star
+from splitlearn.federation.streams import Greeting, Member, Streams
 from splitlearn.federation.wiring import GlooWiring
 
 PARTIES = ("bob", "alice0", "alice1")
@@ -43,7 +43,7 @@ class Ends:
     """Makes hubs and members, and ends them. `lost[party]` has what that party is told, as (party, why, when)."""
 
     def __init__(self) -> None:
-        self.stars: list[Star] = []
+        self.stars: list[Streams] = []
         self.lost: dict[str, queue.Queue] = {}
         self.pool = ThreadPoolExecutor(16)
 

@@ -24,7 +24,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from splitlearn.callbacks.partition_figure import who_has_what
 from splitlearn.callbacks.progress import ProgressBar
 from splitlearn.callbacks.results import Results, write_whole
-from splitlearn.callbacks.tensorboard import Watch, _strip, has_many_alices
+from splitlearn.callbacks.tensorboard import TensorBoardCurves, _strip, has_many_alices
 from splitlearn.data import Source, SplitData
 from splitlearn.errors import InputError
 from splitlearn.layout import vertical
@@ -140,7 +140,9 @@ def watched(tmp_path_factory):
     """A run with two epochs of ten mini-batches that logs every five, and what TensorBoard reads back of it."""
     folder = tmp_path_factory.mktemp("watched")
     logger = TensorBoardLogger(folder, name="tb", version="", default_hp_metric=False)
-    learner, trainer = fit(folder, [Watch(num_images=3, every_n_epochs=1)], logger, trainer={"log_every_n_steps": 5})
+    learner, trainer = fit(
+        folder, [TensorBoardCurves(num_images=3, every_n_epochs=1)], logger, trainer={"log_every_n_steps": 5}
+    )
     logger.finalize("success")
     events = EventAccumulator(str(folder / "tb"))
     events.Reload()
@@ -200,7 +202,7 @@ def test_tensorboard_has_accuracy_over_cost(watched):
 def test_only_validations_of_training_are_put_over_cost(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="tb", version="")
     settings = {"max_epochs": 1, "num_sanity_val_steps": 2}
-    learner, trainer = fit(tmp_path, [Watch()], logger, trainer=settings)
+    learner, trainer = fit(tmp_path, [TensorBoardCurves()], logger, trainer=settings)
     trainer.validate(learner, datamodule=trainer.datamodule, verbose=False)
     logger.finalize("success")
     events = EventAccumulator(str(tmp_path / "tb"))
@@ -221,7 +223,7 @@ def test_tensorboard_has_what_crosses(watched):
 def test_the_loss_of_a_step_is_that_of_its_mini_batch(tmp_path):
     def losses(length):
         recorder = Recorder()
-        fit(tmp_path, [Watch()], recorder, trainer={"log_every_n_steps": 5}, steps_per_execution=length)
+        fit(tmp_path, [TensorBoardCurves()], recorder, trainer={"log_every_n_steps": 5}, steps_per_execution=length)
         return [(step, m["train/loss_step"]) for step, m in recorder.logged if "train/loss_step" in m]
 
     assert losses(50) == losses(1)
@@ -232,7 +234,7 @@ def test_the_loss_of_a_step_is_that_of_its_mini_batch(tmp_path):
 def test_watching_changes_nothing(tmp_path, precision):
     settings = {"precision": precision, "log_every_n_steps": 5}
     logger = TensorBoardLogger(tmp_path, name="tb")
-    watched = end_state(*fit(tmp_path, [Watch()], logger, trainer=settings))
+    watched = end_state(*fit(tmp_path, [TensorBoardCurves()], logger, trainer=settings))
     assert difference(watched, end_state(*fit(tmp_path, trainer=settings))) == []
 
 
@@ -245,7 +247,7 @@ def test_every_cut_and_every_field_of_the_input_is_drawn(tmp_path):
     model.add_module("block3", nn.Linear(10, 7))
     model.add_module("head", nn.Linear(7, 3))
     logger = TensorBoardLogger(tmp_path, name="tb", version="")
-    fit(tmp_path, [Watch(2)], logger, data, layout, model=model, trainer={"max_epochs": 1})
+    fit(tmp_path, [TensorBoardCurves(2)], logger, data, layout, model=model, trainer={"max_epochs": 1})
     logger.finalize("success")
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
@@ -272,7 +274,7 @@ def test_the_picture_of_who_has_what_is_that_of_the_training_rows(watched):
 )
 def test_the_bytes_and_flops_of_more_than_ten_alices_are_summed(tmp_path, num_alices, names):
     recorder, data = Recorder(), make_data(num_rows=22, num_alices=num_alices)
-    fit(tmp_path, [Watch()], recorder, data, trainer={"max_epochs": 1, "log_every_n_steps": num_alices})
+    fit(tmp_path, [TensorBoardCurves()], recorder, data, trainer={"max_epochs": 1, "log_every_n_steps": num_alices})
     ((_, scalars),) = [logged for logged in recorder.logged if "train/loss_step" in logged[1]]
     sent = {tag: value for tag, value in scalars.items() if tag.endswith("->bob/activation")}
     assert set(sent) == {f"bytes/{name}->bob/activation" for name in names}
@@ -299,9 +301,9 @@ def test_whatever_crosses_is_drawn_as_a_strip_of_pictures(shape):
 
 def test_watching_needs_no_data_module_and_no_tensorboard(tmp_path):
     recorder = Recorder()
-    fit(tmp_path, [Watch()], recorder, trainer={"log_every_n_steps": 10})
+    fit(tmp_path, [TensorBoardCurves()], recorder, trainer={"log_every_n_steps": 10})
     assert "grad_norm/alice" in dict(recorder.logged[0][1])
-    fit(tmp_path, [Watch()], trainer={"log_every_n_steps": 0})
+    fit(tmp_path, [TensorBoardCurves()], trainer={"log_every_n_steps": 0})
 
 
 class Counts(Callback):
@@ -340,7 +342,7 @@ def test_the_bar_of_a_resumed_run_goes_on(tmp_path, capfd):
 
 def test_a_short_run_has_curves_too(tmp_path):
     recorder = Recorder()
-    fit(tmp_path, [Watch()], recorder, trainer={"log_every_n_steps": 100})
+    fit(tmp_path, [TensorBoardCurves()], recorder, trainer={"log_every_n_steps": 100})
     points = [(step, scalars) for step, scalars in recorder.logged if "lr/bob" in scalars]
     assert [step for step, _ in points] == [10, 20]
     assert {"grad_norm/alice", "bytes/alice0->bob/activation", "flops/alice0"} <= set(points[0][1])

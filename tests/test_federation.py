@@ -455,7 +455,7 @@ def delaying(listener: socket.socket, to: int, seconds: float, bytes_per_second:
 def test_a_slow_link_takes_as_long_as_the_link_model_predicts(configure, tmp_path):
     """20 ms and 10 Mbit/s each way, between the processes of Bob and Alice."""
     asked = ["+experiment=digits_2party", "model.hidden_sizes=[256,256]", "trainer.max_epochs=1", "logger=none"]
-    quick = ["data.val_fraction=0", "metric=null", "trainer.limit_train_batches=20", "~callbacks.judge"]
+    quick = ["data.val_fraction=0", "metric=null", "trainer.limit_train_batches=20", "~callbacks.per_alice"]
     train(configure(*asked, *quick, "link.bandwidth=10Mbit/s", "link.latency=20ms", f"output_dir={tmp_path}/predicted"))
     predicted = json.loads((tmp_path / "predicted" / "results.json").read_text())["link"]["seconds"]
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as free:

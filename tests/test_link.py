@@ -11,7 +11,7 @@ from runs import Recorder, difference, end_state, make_data, make_learner, make_
 from torch import nn
 
 from splitlearn.build import build
-from splitlearn.callbacks.link_seconds import Prediction
+from splitlearn.callbacks.link_seconds import LinkSeconds
 from splitlearn.callbacks.results import Results
 from splitlearn.costs.link import Link, make_link
 from splitlearn.costs.timeline import Diary, Exchange, Timeline, in_rounds
@@ -255,7 +255,7 @@ def test_a_diary_keeps_each_mini_batch_and_each_move_of_weights():
 
 def predict(link, layout=TWO_PARTY, sizes=(8, 12), **arguments):
     """Train on so many rows of each Alice, in mini-batches of four. Return the seconds and the bytes by sender."""
-    prediction = Prediction(link)
+    prediction = LinkSeconds(link)
     made = {"partition": dealt(*sizes)} if "alice" in layout.roles else {}
     arguments = {"epochs": 1, "optimizer_state": "reset", "rows": make_rows(sum(sizes)), "data": made, **arguments}
     trainer = {"callbacks": [prediction], **arguments.pop("trainer", {})}
@@ -376,7 +376,7 @@ def fit(folder, link, ckpt=None, schedule=SPLITFED_1, saves=False):
     """Two epochs of ten mini-batches of three Alices."""
     data = make_data(val_rows=6, num_alices=3, sizes=(16, 12, 11))
     learner, recorder = make_learner(data, schedule=schedule), Recorder()
-    callbacks = [Prediction(link), Results(folder / "results.json")]
+    callbacks = [LinkSeconds(link), Results(folder / "results.json")]
     if saves:
         every = {"every_n_train_steps": 1, "save_top_k": -1, "auto_insert_metric_name": False}
         callbacks += [ModelCheckpoint(folder, "{step}", **every)]
@@ -415,14 +415,14 @@ def test_a_link_changes_nothing_but_what_it_tells(tmp_path):
 
 @pytest.mark.parametrize("profile", ["lan", "wifi", "4g", "wan"])
 def test_a_profile_is_a_link(configure, profile):
-    (prediction,) = [c for c in build(configure(f"link={profile}")).trainer.callbacks if isinstance(c, Prediction)]
+    (prediction,) = [c for c in build(configure(f"link={profile}")).trainer.callbacks if isinstance(c, LinkSeconds)]
     assert 0.0005 <= prediction.link.seconds(0) <= 0.05
     assert 0 < prediction.link.occupied(1_000_000) < 1
 
 
 def test_a_link_of_ones_own(configure):
     cfg = configure("link.bandwidth=10Mbit/s", "link.latency=20ms", "link.loss=0", "link.serves=all")
-    (prediction,) = [c for c in build(cfg).trainer.callbacks if isinstance(c, Prediction)]
+    (prediction,) = [c for c in build(cfg).trainer.callbacks if isinstance(c, LinkSeconds)]
     assert prediction.link.seconds(1_000_000) == pytest.approx(0.82, rel=1e-12)
     assert prediction.link.serves == "all"
 

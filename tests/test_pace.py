@@ -28,7 +28,7 @@ from runs import (
 
 from splitlearn.callbacks.interrupt import Interrupt
 from splitlearn.callbacks.progress import ProgressBar
-from splitlearn.callbacks.tensorboard import Watch
+from splitlearn.callbacks.tensorboard import TensorBoardCurves
 from splitlearn.layout import whole
 from splitlearn.learner import SplitLearner
 from splitlearn.network import SplitNetwork
@@ -143,7 +143,7 @@ class Watched(SplitLearner):
         (50, [], {"logger": None, "val_check_interval": 4}, [4, 4, 2, 4, 4, 2]),
         (50, [], {"logger": None, "val_check_interval": 7, "check_val_every_n_epoch": None}, [7, 3, 4, 6]),
         (50, [save_every_three], {"logger": None}, [3, 3, 3, 1, 2, 3, 3, 2]),
-        (50, [ProgressBar, Watch, lambda: Interrupt("x")], {"logger": None}, [10, 10]),
+        (50, [ProgressBar, TensorBoardCurves, lambda: Interrupt("x")], {"logger": None}, [10, 10]),
         (50, [ModelCheckpoint, pl.callbacks.Timer, stop_early], {"logger": None, "min_epochs": 1}, [10]),
         (50, [pl.callbacks.TQDMProgressBar], {"logger": None}, [1] * 20),  # it counts how often it is called
     ],

@@ -9,7 +9,7 @@ train() {
     OMP_NUM_THREADS=1 python -m splitlearn.train -m +experiment=accuracy_vs_client_flops partition="$1" \
         schedule=centralised,sequential,splitfed_v1,fedavg,splitfed_v2,large_batch optimizer.lr=0.03,0.1,0.3 \
         trainer.accelerator=cpu trainer.enable_progress_bar=false trainer.enable_checkpointing=false logger=none \
-        '~callbacks.judge' hydra.sweep.dir="$runs" \
+        '~callbacks.per_alice' hydra.sweep.dir="$runs" \
         'hydra.sweep.subdir=${hydra:runtime.choices.partition}/${hydra:runtime.choices.schedule}/${optimizer.lr}' || true
 }
 

@@ -9,6 +9,6 @@ rm -rf "$runs"
 OMP_NUM_THREADS=1 python -m splitlearn.train -m +experiment=schemes partition=iid,label_shards \
     schedule=centralised,sequential,splitfed_v1,splitfed_v2,splitfed_v3,parallel,fedavg,large_batch \
     trainer.accelerator=cpu trainer.enable_progress_bar=false trainer.enable_checkpointing=false logger=none \
-    '~callbacks.judge' \
+    '~callbacks.per_alice' \
     hydra.sweep.dir="$runs" 'hydra.sweep.subdir=${hydra:runtime.choices.partition}/${hydra:runtime.choices.schedule}'
 python "$here/plot.py" "$runs"

@@ -19,7 +19,7 @@ from splitlearn.schedules.sharing import Handoff, Shared
 from splitlearn.training.pace import Stretch
 
 
-class Prediction(Callback):
+class LinkSeconds(Callback):
     """Predicts the seconds that the messages of training would take over a link; to compute takes none.
 
     Plays every message that the ledger counts over the link, see `costs.timeline`, and at the end of each epoch logs

@@ -18,7 +18,7 @@ from splitlearn.training.accuracy import FEW, AccuracyByOwner
 LASTING_AN_EPOCH = ("val/accuracy_after/", "val/performance_gap")  # Lightning itself keeps metrics for ever
 
 
-class Judge(Callback):
+class PerAlice(Callback):
     """Judges by Alice: on her own rows, and on all validation rows as she leaves the network to the next.
 
     With the validation, and the test where its rows have owners, logs `val/accuracy/alice3` on the rows that are hers,
@@ -35,7 +35,9 @@ class Judge(Callback):
 
     def __init__(self, most: int = FEW) -> None:
         if most < 2:
-            raise ValueError(f"`callbacks.judge.most` (={most}) must be at least 2; ~callbacks.judge judges nobody")
+            raise ValueError(
+                f"`callbacks.per_alice.most` (={most}) must be at least 2; ~callbacks.per_alice judges nobody"
+            )
         self.most = most
         self.epoch = -1
         self.chosen: list[Party] = []

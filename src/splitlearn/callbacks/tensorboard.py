@@ -21,7 +21,7 @@ from splitlearn.ledger import is_alice
 from splitlearn.training.accuracy import FEW
 
 
-class Watch(Callback):
+class TensorBoardCurves(Callback):
     """Writes to TensorBoard what a split run has that others have not.
 
     At the start a picture of who has which rows. Every `log_every_n_steps` mini-batches and at the end of an epoch the

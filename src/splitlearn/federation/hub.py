@@ -25,7 +25,7 @@ from splitlearn.federation.streams import (
     DifferenceError,
     Greeting,
     Lost,
-    Star,
+    Streams,
     options,
     read_json,
 )
@@ -35,7 +35,7 @@ MOST_STREAMS = 4096  # a thread each, made when it is needed
 TO_GREET = 20.0  # seconds from a stream's beginning to its greeting
 
 
-class Hub(Star):
+class Hub(Streams):
     """The end that listens.
 
     Arguments:

@@ -28,7 +28,7 @@ from splitlearn.federation.greetings import (
 from splitlearn.federation.hub import Hub
 from splitlearn.federation.remote_wire import WIDEST, RemoteWire
 from splitlearn.federation.snapshots import Snapshots, common_in, path_of, steps_in
-from splitlearn.federation.streams import AgainError, Greeting, Member, Star
+from splitlearn.federation.streams import AgainError, Greeting, Member, Streams
 from splitlearn.federation.together import Together
 from splitlearn.federation.wiring import Wiring
 from splitlearn.layout import Party
@@ -78,7 +78,7 @@ class Federation:
         self.wire = RemoteWire(attempt.party)
         self.learner: SplitLearner | None = None
         self.trainer: pl.Trainer | None = None
-        self.star: Star | None = None
+        self.star: Streams | None = None
 
     def run(
         self,
@@ -187,7 +187,7 @@ class Federation:
             "certificate": None if self.identity is None else self.identity.certificate.decode(),
         }
 
-    def _meet(self, parties: list[Party], greeting: Greeting) -> tuple[Star, Greeting]:
+    def _meet(self, parties: list[Party], greeting: Greeting) -> tuple[Streams, Greeting]:
         hub, party = parties[0], self.attempt.party
         present = [other for other in parties if other not in self.attempt.gone]
         self.wiring.check(self.attempt.address)

@@ -26,7 +26,7 @@ from splitlearn.federation.frame import HEADER_BYTES, FrameError, unpack
 from splitlearn.federation.probe import Fault, find_fault, named, split
 from splitlearn.layout import Party
 
-SERVICE, METHOD = "splitlearn.Star", "Join"
+SERVICE, METHOD = "splitlearn.Streams", "Join"
 SLACK = 2**22  # bytes: greetings
 HANDSHAKE = 10_000  # milliseconds until a connection that says nothing is closed
 LARGEST_NOTE = 2**16  # bytes of a loss or a farewell
@@ -72,7 +72,7 @@ def read_json(message: bytes, what: str) -> dict[str, Any]:
     return told
 
 
-class Star:
+class Streams:
     """What hub and member have in common. `inbox` has the frames of each sender in order.
 
     `limit` is the most bytes of a frame. Who sends no more ahead of an answer than it may never fills a box.
@@ -139,7 +139,7 @@ class Star:
         return self.parties[header.sender], self.parties[header.receiver]
 
 
-class Member(Star):
+class Member(Streams):
     """An end that connects outward, to the hub `hub` at `address`, by way of `proxy` where that is a URL."""
 
     def __init__(

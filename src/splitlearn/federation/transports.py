@@ -18,7 +18,7 @@ from torch import distributed as dist
 
 from splitlearn.errors import InputError, outside
 from splitlearn.federation.frame import HEADER_BYTES
-from splitlearn.federation.streams import Star
+from splitlearn.federation.streams import Streams
 from splitlearn.layout import Party
 
 FOREVER = timedelta(days=365)  # an Alice may wait long for her turn; that a party is lost shows in the streams
@@ -59,10 +59,10 @@ class Transport:
         raise NotImplementedError
 
 
-class Streams(Transport):
+class Grpc(Transport):
     """Frames on the streams that every party has to the hub. A message is a frame."""
 
-    def __init__(self, star: Star) -> None:
+    def __init__(self, star: Streams) -> None:
         self.star = star
         self.message = memoryview(b"")
 

@@ -18,8 +18,8 @@ from splitlearn.errors import InputError
 from splitlearn.federation.hub import Hub
 from splitlearn.federation.probe import is_loopback, proxy_for, split
 from splitlearn.federation.sealing import Seal
-from splitlearn.federation.streams import Member, Star
-from splitlearn.federation.transports import FOREVER, Gloo, Nccl, Streams, Transport
+from splitlearn.federation.streams import Member, Streams
+from splitlearn.federation.transports import FOREVER, Gloo, Grpc, Nccl, Transport
 from splitlearn.layout import Party
 
 LARGEST_MESSAGE = 2**31 - 2**20
@@ -49,7 +49,7 @@ class Wiring:
                 "and `data.eval_batch_size`, cut elsewhere, or take wire=gloo"
             )
 
-    def offer(self, star: Star) -> dict[str, Any]:
+    def offer(self, star: Streams) -> dict[str, Any]:
         """What the hub tells all in its welcome."""
         return {}
 
@@ -60,11 +60,11 @@ class Wiring:
     def check_gpus(self, gpus: Mapping[Party, str | None]) -> None:
         """Raises InputError for two parties on one GPU that must not be."""
 
-    def transport(self, star: Star, welcome: Mapping[str, Any], device: torch.device) -> Transport:
+    def transport(self, star: Streams, welcome: Mapping[str, Any], device: torch.device) -> Transport:
         """What brings frames to and from `device`."""
-        return Streams(star)
+        return Grpc(star)
 
-    def seals(self, star: Star, welcome: Mapping[str, Any]) -> dict[Party, Seal]:
+    def seals(self, star: Streams, welcome: Mapping[str, Any]) -> dict[Party, Seal]:
         """For those whose frames go by way of the hub."""
         return {}
 
@@ -83,7 +83,7 @@ class GlooWiring(Wiring):
     def check_size(self, num_bytes: int) -> None:
         """gloo takes any."""
 
-    def offer(self, star: Star) -> dict[str, Any]:
+    def offer(self, star: Streams) -> dict[str, Any]:
         assert isinstance(star, Hub)
         # A store of its own for each attempt: an old one would hand out the addresses of the dead.
         # It would listen on every interface if it were not given a socket.
@@ -99,10 +99,10 @@ class GlooWiring(Wiring):
         )
         return {"store": self.store.port}
 
-    def transport(self, star: Star, welcome: Mapping[str, Any], device: torch.device) -> Transport:
+    def transport(self, star: Streams, welcome: Mapping[str, Any], device: torch.device) -> Transport:
         return Gloo(*self._meeting(star, welcome), pinned=device.type == "cuda")
 
-    def _meeting(self, star: Star, welcome: Mapping[str, Any]) -> tuple[Party, Sequence[Party], dist.Store, str]:
+    def _meeting(self, star: Streams, welcome: Mapping[str, Any]) -> tuple[Party, Sequence[Party], dist.Store, str]:
         if isinstance(star, Hub):
             return star.party, star.parties, self.store, star.host
         assert isinstance(star, Member)
@@ -133,7 +133,7 @@ class NcclWiring(GlooWiring):
                     "fewer parties on this host, or one by one with its own `trainer.devices=[1]`, or take wire=gloo"
                 )
 
-    def transport(self, star: Star, welcome: Mapping[str, Any], device: torch.device) -> Transport:
+    def transport(self, star: Streams, welcome: Mapping[str, Any], device: torch.device) -> Transport:
         party, parties, store, host = self._meeting(star, welcome)
         group = self._group(dist.PrefixStore("beside", store), parties.index(party), len(parties))
         return Nccl(party, parties, store, host, group=group, device=device)
@@ -185,7 +185,7 @@ class GrpcWiring(Wiring):
     def proxy(self, address: str) -> str | None:
         return proxy_for(split(address)[0])
 
-    def seals(self, star: Star, welcome: Mapping[str, Any]) -> dict[Party, Seal]:
+    def seals(self, star: Streams, welcome: Mapping[str, Any]) -> dict[Party, Seal]:
         hub, *members = star.parties
         if self.mine is None or star.party == hub:
             return {}
@@ -198,5 +198,5 @@ class GrpcWiring(Wiring):
         }
 
 
-def _salt(welcome: Mapping[str, Any], nonces: Mapping[Party, str], star: Star, other: Party) -> bytes:
+def _salt(welcome: Mapping[str, Any], nonces: Mapping[Party, str], star: Streams, other: Party) -> bytes:
     return bytes.fromhex(welcome["run"] + "".join(nonces[party] for party in sorted((star.party, other))))

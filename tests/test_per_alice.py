@@ -10,7 +10,7 @@ from helpers import SGD
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from runs import fit, make_data, make_learner, make_trainer, results
 
-from splitlearn.callbacks.per_alice import Judge, performance_gap
+from splitlearn.callbacks.per_alice import PerAlice, performance_gap
 from splitlearn.callbacks.results import Results
 from splitlearn.schedules.aggregation import Average, MeanGradient
 from splitlearn.schedules.sharing import Personal
@@ -68,7 +68,7 @@ def train(folder, schedule=None, num_alices=3, ckpt=None, callbacks=()):
     data = make_data(36, val_rows=9, num_alices=num_alices)
     learner = make_learner(data, schedule=schedule)
     copies = Copies()
-    trainer = make_trainer(folder, [Judge(), Results(folder / "results.json"), copies, *callbacks])
+    trainer = make_trainer(folder, [PerAlice(), Results(folder / "results.json"), copies, *callbacks])
     trainer.fit(learner, datamodule=data, ckpt_path=ckpt)
     return data, learner, copies.left, results(folder)["epochs"]
 
@@ -122,7 +122,7 @@ def test_a_resumed_epoch_is_judged_as_a_whole(tmp_path):
 def test_of_many_alices_the_first_the_last_and_some_between_are_judged(tmp_path):
     data = make_data(40, val_rows=10, num_alices=5)
     learner = make_learner(data, make=SGD)
-    make_trainer(tmp_path, [Judge(most=3), Results(tmp_path / "results.json")]).fit(learner, datamodule=data)
+    make_trainer(tmp_path, [PerAlice(most=3), Results(tmp_path / "results.json")]).fit(learner, datamodule=data)
     for epoch in results(tmp_path)["epochs"]:
         after = [name.rpartition("/")[2] for name in epoch if name.startswith("val/accuracy_after")]
         assert after == ["alice0", "alice2", "alice4"]
@@ -134,8 +134,8 @@ def test_one_alice_is_not_judged_apart(tmp_path):
 
 
 def test_two_at_least_are_judged():
-    with pytest.raises(ValueError, match=r"^`callbacks.judge.most` \(=1\) must be at least 2"):
-        Judge(1)
+    with pytest.raises(ValueError, match=r"^`callbacks.per_alice.most` \(=1\) must be at least 2"):
+        PerAlice(1)
 
 
 def test_weights_that_are_loaded_behind_a_round_are_what_is_evaluated(tmp_path):
@@ -163,7 +163,7 @@ def test_a_run_that_ends_in_the_middle_of_a_round_says_so(tmp_path):
 def test_an_epoch_that_is_not_validated_is_not_judged(tmp_path):
     data = make_data(36, val_rows=9, num_alices=3)
     learner = make_learner(data)
-    trainer = make_trainer(tmp_path, [Judge(), Results(tmp_path / "results.json")], check_val_every_n_epoch=2)
+    trainer = make_trainer(tmp_path, [PerAlice(), Results(tmp_path / "results.json")], check_val_every_n_epoch=2)
     trainer.fit(learner, datamodule=data)
     first, second = results(tmp_path)["epochs"]
     assert "val/performance_gap" not in first
@@ -175,7 +175,7 @@ def test_an_epoch_that_is_not_validated_is_not_judged(tmp_path):
 def test_only_those_who_took_part_are_judged(tmp_path):
     data = make_data(36, val_rows=9, num_alices=4, sizes=[8, 10, 8, 10])
     learner = make_learner(data, schedule={**SIDE_BY_SIDE, "participation": 0.5})
-    trainer = make_trainer(tmp_path, [Judge(), Results(tmp_path / "results.json")], max_epochs=4)
+    trainer = make_trainer(tmp_path, [PerAlice(), Results(tmp_path / "results.json")], max_epochs=4)
     trainer.fit(learner, datamodule=data)
     for number, epoch in enumerate(results(tmp_path)["epochs"]):
         after = {name.rpartition("/")[2] for name in epoch if name.startswith("val/accuracy_after")}
