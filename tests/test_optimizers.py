@@ -162,6 +162,17 @@ def test_accumulated_gradients_are_those_of_the_plain_loop(num_batches, tmp_path
     assert difference(weights(learner), list(model.state_dict().values())) == []
 
 
+def test_a_validation_leaves_what_waits_alone(tmp_path):
+    """Lightning erases gradients in front of a validation, which here is amid those that add up."""
+
+    def trained(**trainer):
+        data = make_data(val_rows=6)
+        learner, _ = fit(tmp_path, data, accumulate_grad_batches=4, trainer={"max_epochs": 1, **trainer})
+        return weights(learner)
+
+    assert difference(trained(val_check_interval=3), trained()) == []
+
+
 def test_a_turn_ends_in_a_step(tmp_path):
     """With five Alices of two mini-batches each, accumulating three steps behind every turn."""
     steps = []

@@ -493,22 +493,30 @@ def test_owners_of_columns_are_dealt_no_rows():
     assert len(SplitData(source, VERTICAL, partition=all_rows).shards["alices"]) == 14
 
 
-def test_a_value_that_is_not_finite_is_named_by_row_and_column(tmp_path):
+@pytest.mark.parametrize("standardise", [False, True])
+def test_a_value_that_is_not_finite_is_named_by_row_and_place(standardise):
     x, y = torch.rand(20, 1, 4, 6), torch.arange(20) % 3
     x[7, 0, 2, 5] = float("nan")
-    held, read = (
-        SplitData(Source(TensorDataset(x, y), TensorDataset(x[:5], y[:5]), 3), in_memory=here, val_fraction=0.0)
-        for here in (True, False)
-    )
+    good, bad = TensorDataset(torch.rand(20, 1, 4, 6), y), TensorDataset(x, y)
     with pytest.raises(InputError, match=r"^row 7, place \[0, 2, 5\] of the data is nan, which .*: mend it"):
+        SplitData(Source(bad, None, 3), standardise=standardise)
+    with pytest.raises(InputError, match=r"^row 7, place \[0, 2, 5\] of the test rows is nan, which .*: mend it"):
+        SplitData(Source(good, bad, 3), standardise=standardise)
+
+
+def test_of_rows_that_are_read_one_by_one_it_is_when_they_are(tmp_path):
+    rows = OneByOne(torch.rand(20, 1, 4, 6), torch.arange(20) % 3)
+    place = int(SplitData(Source(rows, None, 3), val_fraction=0.0).shards["alice0"][0])
+    rows.x[place, 0, 2, 5] = float("nan")
+    held, read = (SplitData(Source(rows, None, 3), in_memory=here, val_fraction=0.0) for here in (True, False))
+    with pytest.raises(InputError, match=rf"^row {place}, place \[0, 2, 5\] of the data is nan"):
         make_trainer(tmp_path).fit(make_learner(held), datamodule=held)
-    with pytest.raises(DivergedError, match=r"`x` of row 7 of the data is nan itself, at \[0, 2, 5\]: mend it"):
+    with pytest.raises(DivergedError, match=rf"`x` of row {place} of the data is nan itself, at \[0, 2, 5\]: mend it"):
         make_trainer(tmp_path).fit(make_learner(read), datamodule=read)
 
 
 def test_so_it_is_by_the_name_of_a_column():
     x, y = torch.rand(20, 4), torch.arange(20) % 3
     x[3, 2] = float("inf")
-    data = SplitData(Source(TensorDataset(x, y), None, 3, ["a", "b", "pressure", "d"]), VERTICAL)
     with pytest.raises(InputError, match=r"^row 3, column pressure of the data is inf"):
-        data._require_finite(data.rows)
+        SplitData(Source(TensorDataset(x, y), None, 3, ["a", "b", "pressure", "d"]), VERTICAL)

@@ -218,6 +218,9 @@ class SplitLearner(pl.LightningModule):
                 f"{self.stepper.waiting} mini-batches are not in the weights"
             )
 
+    def on_validation_model_zero_grad(self) -> None:
+        """Lightning would erase gradients that no optimizer has taken yet, and that curves of norms are drawn of."""
+
     def on_validation_start(self) -> None:
         self.evaluation.begin()
 

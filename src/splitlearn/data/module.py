@@ -98,6 +98,8 @@ class SplitData(pl.LightningDataModule):
         self.lacks: Mapping[int, str] = source.train.lacks if isinstance(source.train, Part) else {}
         fractions = (test_fraction if source.test is None else 0.0, val_fraction)
         test_ids, self.val_ids, train_ids = hold_out(len(source.train), fractions, seed)  # type: ignore[arg-type]
+        for part, where in ((source.train, "data"), (source.test, "test rows")):
+            self._require_finite_values(part, where)  # before a mean makes a whole column of one value
         if standardise:
             mean, std = _moments(source.train, train_ids, mean)
         self.columns = _columns(source, num_columns, columns)
@@ -217,13 +219,26 @@ class SplitData(pl.LightningDataModule):
             value, (row, *place) = field[tuple(index)].item(), index
             row = row if rows.places is None else int((rows.places == row).nonzero())
             block = None if self.columns is None else self.columns[int(name[1:])]
-            column = place[-1] if block is None else int(block[place[-1]])
-            named = f"column {self.names_of_columns[column]}" if self.names_of_columns else f"place {place}"
-            where = "test rows" if rows is self.test_rows and rows is not self.rows else "data"
-            raise InputError(
-                f"row {self.names[row] if self.names else row}, {named} of the {where} is {value}, which no loss "
-                "survives: mend it, or leave the row out"
-            )
+            place = place if block is None else [*place[:-1], int(block[place[-1]])]
+            self._refuse(value, row, place, "test rows" if rows is self.test_rows and rows is not self.rows else "data")
+
+    def _require_finite_values(self, dataset: Dataset | None, where: str) -> None:
+        """The same of what a source holds as tensors, but for columns that a file of one's own lacks."""
+        tensors = getattr(dataset, "tensors", None)
+        if tensors is None or not tensors[0].is_floating_point():
+            return
+        odd = ~torch.isfinite(tensors[0])
+        odd[..., [place for place in self.lacks if place >= 0]] = False
+        if bool(odd.any()):
+            index = odd.nonzero()[0].tolist()
+            self._refuse(tensors[0][tuple(index)].item(), index[0], index[1:], where)
+
+    def _refuse(self, value: float, row: int, place: list[int], where: str) -> None:
+        named = f"column {self.names_of_columns[place[-1]]}" if self.names_of_columns else f"place {place}"
+        raise InputError(
+            f"row {self.names[row] if self.names else row}, {named} of the {where} is {value}, which no loss survives: "
+            "mend it, or leave the row out"
+        )
 
 
 def _alike(source: Source) -> dict[str, str]:
