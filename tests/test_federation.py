@@ -481,7 +481,7 @@ def test_a_terminal_with_one_party_shows_what_the_simulators_does(configure, tmp
 
     def shown(party: str, *parties: str) -> dict:
         own = OmegaConf.create(_play_of(cfg, Processes(), party, [*parties], tmp_path).args[0])
-        return {"bar": own.trainer.enable_progress_bar, "drawing": "drawing" in own.callbacks}
+        return {"bar": own.trainer.enable_progress_bar, "drawing": "layout_drawing" in own.callbacks}
 
     assert shown("alice0", "alice0") == {"bar": True, "drawing": True}
     assert shown("bob", "bob", "alice0") == {"bar": True, "drawing": False}  # it was drawn by who started them

@@ -6,8 +6,8 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from runs import difference, end_state, make_data, make_learner, make_trainer
 
-from splitlearn.federation.simulated import SafeCheckpointIO
 from splitlearn.federation.snapshots import Snapshots, common_in, name_of, steps_in
+from splitlearn.training.checkpoints import SafeCheckpointIO
 
 RUN, OTHER = "0" * 32, "1" * 32
 

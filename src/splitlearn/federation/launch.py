@@ -34,7 +34,10 @@ from splitlearn.training.stopping import StoppedError, call_when_stopped
 LOCAL = (
     *("output_dir", "ckpt", "metric", "logger", "wire.certificates"),
     *("engine.party", "engine.address", "engine.timeout", "engine.join_timeout"),
-    *(f"callbacks.{name}" for name in ("progress_bar", "drawing", "results", "watch", "interrupt", "checkpoint")),
+    *(
+        f"callbacks.{name}"
+        for name in ("progress_bar", "layout_drawing", "results", "tensorboard", "interrupt", "checkpoint")
+    ),
     *("data.encoding", "data.delimiter", "data.source.encoding", "data.source.delimiter"),  # of one's own file
     *("data.root", "data.download", "data.num_workers", "data.in_memory", "data.source.root", "data.source.download"),
     "data.source.path",
