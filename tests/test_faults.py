@@ -187,7 +187,7 @@ def test_a_signal_ends_all_and_all_say_who_was_stopped(wire, party, by, configur
     parties = ("bob", "alice0", "alice1")
     with started(tmp_path, *slow) as start:
         running = {one: start(one) for one in parties}
-        until(lambda: [*tmp_path.glob("*/*/snapshots/*.common")])
+        until(lambda: len({path.parent for path in tmp_path.glob("*/*/snapshots/*.common")}) == len(parties))
         os.kill(running[party].pid, signal.Signals[by])
         codes = {one: process.wait(30) for one, process in running.items()}
     assert codes == {**dict.fromkeys(parties, 1), party: 128 + signal.Signals[by]}
