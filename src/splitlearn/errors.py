@@ -43,4 +43,12 @@ def outside(text: object, most: int = LONGEST) -> str:
 
 
 class DivergedError(RuntimeError):
-    """The loss is not a finite number."""
+    """The loss, or what it is made of, is not a finite number."""
+
+
+class UnsentError(DivergedError):
+    """What `party` is about to send is not finite; who knows the mini-batch tells why."""
+
+    def __init__(self, message: str, party: str) -> None:
+        super().__init__(message)
+        self.party = party

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import product
+from itertools import product, zip_longest
 from typing import Any
 
 import pytorch_lightning as pl
@@ -25,7 +25,6 @@ from splitlearn.schedules.rounds import Rounds
 from splitlearn.schedules.schedule import Schedule
 from splitlearn.training.checks import (
     check_accumulation,
-    check_finite,
     check_kind,
     check_loss,
     check_precision,
@@ -34,7 +33,8 @@ from splitlearn.training.checks import (
     warn_of_raw_rows,
 )
 from splitlearn.training.evaluation import Evaluation, Part
-from splitlearn.training.losses import Loss, MeanLoss
+from splitlearn.training.finite import cause, check_finite, explained
+from splitlearn.training.losses import MeanLoss
 from splitlearn.training.metrics import EpochLoss
 from splitlearn.training.optimizers import MakeOptimizer, Stepper, by_role, check_callbacks, options_of
 from splitlearn.training.pace import Pace, Stretch
@@ -104,25 +104,24 @@ class SplitLearner(pl.LightningModule):
         self.num_classes, self.micro_batches = num_classes, micro_batches
         self.accumulate = accumulate_grad_batches
         self.accumulated: dict[str, Any] = {}  # what a checkpoint knew of gradients that no optimizer had taken
-        self.epoch_loss = EpochLoss()
+        self.epoch_loss = EpochLoss(self._cause)
         self.measured: dict[str, Tensor] = {}  # what a checkpoint knew of `trainer.callback_metrics`
 
     def training_step(self, stretch: Stretch[Turns], batch_idx: int) -> None:
-        losses = []
         for turns in self.pace.run(stretch):
             for alice, batch in self.rounds.present(turns.batches):
                 with self.turn(alice, batch):  # the weights come to her before, optimizers step after
-                    loss = self._pass(batch, self.layout.cast(alice))
-                losses.append((alice, batch, loss))
+                    self._pass(alice, batch)
             self._end_step(turns)  # at the end of a round: means of weights or gradients
-        self.epoch_loss.add(losses)
+        self.epoch_loss.look()
 
     @contextmanager
     def turn(self, alice: Party, batch: Batch) -> Iterator[None]:
         """Before, the weights come to her, if it was another's turn; after, optimizers step that need not wait."""
         self.rounds.begin_turn(alice)
         self.stepper.zero_grad()
-        yield
+        with explained(self.network, batch, alice, self.micro_batches):
+            yield
         self.rounds.num_rows += len(batch.ids)
         self.ledger.add_pass(alice, len(batch.ids))
         self.stepper.after_backward()
@@ -202,7 +201,7 @@ class SplitLearner(pl.LightningModule):
         check_precision(self.stepper.scaler, self.rounds.deferred, self.rounds.at_once)
 
     def on_train_epoch_start(self) -> None:
-        self.epoch_loss = EpochLoss()
+        self.epoch_loss = EpochLoss(self._cause)
 
     def on_train_epoch_end(self) -> None:
         self.log("train/loss", self.mean_loss)
@@ -271,21 +270,28 @@ class SplitLearner(pl.LightningModule):
         for judge, alice in product(self.judges, [a for a in turns.finishes if a not in self.rounds.gone]):
             judge.on_alice_finished(self.trainer, self, alice)
 
-    def _pass(self, batch: Batch, cast: Mapping[Role, Party]) -> Loss | None:
-        """Forward and backward; return the loss, if it is here. Micro-batches all go forward, then all backward."""
+    def _pass(self, alice: Party, batch: Batch) -> None:
+        """Forward, the loss where it is held, and backward: the micro-batches go each way one behind the other."""
+        cast = self.layout.cast(alice)
         passes = [self.network(part, cast) for part in micro(batch, self.micro_batches)]
-        weights = [self.means.weight_of(labels) for output, labels, _ in passes if not output.is_meta]
-        parts: list[Tensor] = []
-        for output, labels, tape in passes:
-            if output.is_meta:  # another process holds the loss
-                self.pace.prepare()  # which would cost time behind the wait
-                self.network.backward(None, tape)
-                continue
-            loss = self.means.part(self.loss(output, labels), weights[len(parts)], weights)
-            share = self.means.share(cast.get("alice", ""), self.rounds.step)
-            self.network.backward(self.stepper.before_backward(loss * share), tape)
-            parts.append(loss.detach())
-        return self.means.join(parts, weights) if parts else None
+        losses = self._losses(alice, batch, [(output, labels) for output, labels, _ in passes if not output.is_meta])
+        if not losses:  # another process holds it
+            self.pace.prepare()  # which would cost time behind the wait
+        for (*_, tape), loss in zip_longest(passes, losses):
+            self.network.backward(loss, tape)
+
+    def _losses(self, alice: Party, batch: Batch, held: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """What to go backward from, of the outputs and labels that are held here."""
+        weights = [self.means.weight_of(labels) for _, labels in held]
+        parts = [self.means.part(self.loss(*each), weight, weights) for each, weight in zip(held, weights, strict=True)]
+        if parts:
+            self.epoch_loss.add(alice, batch, self.means.join([part.detach() for part in parts], weights))
+        share = self.means.share(alice, self.rounds.step) if parts else 1
+        return [self.stepper.before_backward(part * share) for part in parts]
+
+    def _cause(self, alice: Party, batch: Batch) -> str:
+        """Of what is not finite in her mini-batch."""
+        return cause(self.network, batch, alice, self.micro_batches)
 
     def _log_evaluation(self, stage: str) -> None:
         """Here, since a checkpoint may be saved in the callbacks' on_validation_end."""

@@ -36,11 +36,18 @@ class Segment(nn.Sequential):
     def forward(self, x: Tensor, number: tuple[int, ...] = (0, 0)) -> Tensor:
         if not (self.drawing and self.training):
             return super().forward(x)
+        out = x
+        for _, out in self.steps(x, number):  # noqa: B007
+            pass
+        return out
+
+    def steps(self, x: Tensor, number: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
+        """Run block by block: yield the name of each and its output."""
         for name, block in self._modules.items():  # `named_children` leaves out what stands twice
-            if name in self.drawing:
+            if self.training and name in self.drawing:
                 _seed(derive(self.seed, "draw", self.labels[name], *number), x.device)
             x = block(x)
-        return x
+            yield name, x
 
     def shape(self, x: Tensor) -> Tensor:
         """Give lazy layers their shapes and draw their weights, a block at a time; return the output for `x`.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitlearn.errors import outside
+from splitlearn.errors import DivergedError, UnsentError, outside
 from splitlearn.federation.boxes import AHEAD
 from splitlearn.federation.frame import (
     BESIDE,
@@ -35,12 +35,14 @@ from splitlearn.federation.sealing import Seal
 from splitlearn.federation.transports import Transport
 from splitlearn.layout import Party, Role
 from splitlearn.ledger import is_alice
+from splitlearn.training.finite import is_finite
 from splitlearn.wire import SERVER, Message, Wire, elsewhere
 
 LARGEST_NOTE = 2**24  # bytes of JSON that one party may tell another
 SHOWN = 80  # characters of what another party sent
 MOST_KEYS = 16  # of an optimizer's state for a parameter
 WIDEST = 8  # bytes of an element, whatever the precision
+WITH_ARTICLE = {"activation": "an activation", "gradient": "a gradient", "label": "a label"}
 IN_STEP = ("activation", "gradient", "label")  # belong to the mini-batch at hand; weights may be under way for longer
 
 
@@ -78,6 +80,8 @@ class RemoteWire(Wire):
     def _move(self, tensor: Tensor, src: Party, dst: Party, kind: str) -> Tensor:
         if src == self.party:
             sent = self._heard(Message(src, dst, kind, tensor.detach())) if self.taps else tensor.detach()
+            if not is_finite(sent):
+                raise UnsentError(f"{src} has {self._named(kind)} for {dst} that is not finite", src)
             wants = WANTS_GRADIENT if kind == "activation" and tensor.requires_grad else 0
             self._send(sent, dst, kind, wants)
             self.ledger.add(src, dst, kind, sent.nbytes)
@@ -130,11 +134,17 @@ class RemoteWire(Wire):
         flags, received = self._receive(src, kind, limit, tuple(like.shape) if exact else None, dtype)
         if received.is_floating_point() != like.is_floating_point() or received.shape not in (like.shape, ()):
             raise FrameError(f"{src} sent {kind} of {list(received.shape)} {received.dtype} for {list(like.shape)}")
+        if not is_finite(received):
+            raise DivergedError(f"{src} sent {self.party} {self._named(kind)} that is not finite: look there")
         received = received if kind == "optimizer_state" else received.to(self.device)
         if self.taps:
             received = self._heard(Message(src, self.party, kind, received))
         self.ledger.add(src, self.party, kind, received.nbytes)
         return received.requires_grad_(bool(flags & WANTS_GRADIENT)) if kind == "activation" else received
+
+    def _named(self, kind: str) -> str:
+        epoch, batch = self._number
+        return f"{WITH_ARTICLE.get(kind, kind)} of mini-batch {batch} of epoch {epoch}"
 
     def _tell(self, values: Any, dst: Party) -> None:
         note = json.dumps(values).encode()

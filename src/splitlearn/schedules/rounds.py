@@ -95,15 +95,15 @@ class Rounds:
         for role, weights in self.weights.items():
             self.sharings[role].end_evaluation(weights)
 
-    def evaluate(self, batch: Batch) -> Iterator[tuple[Party, Tensor, Tensor, Tensor | None]]:
-        """Yield who evaluates, output, labels and owners, on meta where the loss is held in another process.
+    def evaluate(self, batch: Batch) -> Iterator[tuple[Party, Batch, Tensor, Tensor]]:
+        """Yield who evaluates, which rows, output and labels, on meta where the loss is held in another process.
 
         The last Alice who trained evaluates a batch; where bottoms are personal, each row goes through its owner's.
         Rows that nobody owns then go through everybody's, and come once for each.
         """
         if not self.personal:
             output, labels, _ = self.network(batch, self.network.layout.cast(self.holder))
-            yield self.holder, output, labels, batch.owners
+            yield self.holder, batch, output, labels
             return
         for i, alice in enumerate(self.schedule.takers):
             mine = batch if batch.owners is None else _rows_of(batch, batch.owners == i)
@@ -111,7 +111,7 @@ class Rounds:
                 self._load_bottom_of(alice)
                 torch.clear_autocast_cache()  # it may hold the half-precision copies of another's weights
                 output, labels, _ = self.network(mine, self.network.layout.cast(alice))
-                yield alice, output, labels, torch.full_like(labels, i)
+                yield alice, mine._replace(owners=torch.full_like(labels, i)), output, labels
 
     @contextmanager
     def as_of(self, alice: Party) -> Iterator[None]:

@@ -11,9 +11,9 @@ import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from splitlearn.errors import CURE, DivergedError, InputError, check_whole
+from splitlearn.errors import InputError, check_whole
 from splitlearn.layout import Role
-from splitlearn.network import Batch, SplitNetwork
+from splitlearn.network import SplitNetwork
 
 
 def check_settings(interval: str, clip_val: float | None, steps_per_execution: int, micro_batches: int) -> None:
@@ -135,22 +135,3 @@ def described(value: object) -> str:
     if isinstance(value, str | int | float | list | tuple | dict | None):
         return str(value)
     return str(getattr(value, "__qualname__", type(value).__name__))
-
-
-def blame(batch: Batch) -> str:
-    """Where the first value of a mini-batch stands that is not finite, and the cure; else the loss has diverged.
-
-    Of the fields that are at hand: with one process per party each sees its own.
-    """
-    for name, field in batch.fields.items():
-        if field.is_floating_point() and not bool(torch.isfinite(field).all()):
-            index = (~torch.isfinite(field)).nonzero()[0].tolist()
-            row, value = batch.ids[index[0]].item(), field[tuple(index)].item()
-            return f"`{name}` of row {row} of the data is {value} itself, at {index[1:]}: mend it, or leave the row out"
-    return CURE
-
-
-def check_finite(module: nn.Module, num_steps: int) -> None:
-    """Raises DivergedError where weights are not numbers."""
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
-        raise DivergedError(f"weights are not finite after {num_steps} mini-batches: {CURE}")

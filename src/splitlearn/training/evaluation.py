@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from splitlearn.errors import DivergedError
+from splitlearn.layout import Party
 from splitlearn.ledger import Ledger
 from splitlearn.network import Batch, SplitNetwork
 from splitlearn.schedules.rounds import Rounds
-from splitlearn.training.checks import blame
+from splitlearn.training.finite import cause, explained
 from splitlearn.training.losses import MeanLoss
 from splitlearn.training.metrics import Tally, means
 
@@ -40,13 +41,10 @@ class Evaluation:
     def step(self, batch: Batch, stage: str, num_steps: int) -> list[Part]:
         """Return what is held here. Raises DivergedError, behind `num_steps` of training, for a loss not finite."""
         parts: list[Part] = []
-        for alice, output, labels, owners in (part for part in self.rounds.evaluate(batch) if not part[1].is_meta):
-            loss = self.loss.join([self.loss.module(output, labels).detach()], [self.loss.weight_of(labels)])
-            if not torch.isfinite(loss.total):
-                told = f"{stage}/loss is {loss.value.item()} after {num_steps} mini-batches"
-                raise DivergedError(f"{told}: {blame(batch)}")
-            self.tally.add(alice, loss, output, labels)
-            parts.append({"output": output, "labels": labels, "owners": owners})
+        with explained(self.network, batch, self.rounds.holder):
+            for alice, rows, output, labels in self.rounds.evaluate(batch):
+                if not output.is_meta:
+                    parts.append(self._add(alice, rows, output, labels, f"{stage}/loss", num_steps))
         return parts
 
     def end(self) -> dict[str, Any]:
@@ -55,3 +53,11 @@ class Evaluation:
         self.network.wire.ledger = self.trained
         holder = self.network.layout.stages[-1].role
         return means(self.network.wire.gather_by_alice(self.tally.values(), holder))
+
+    def _add(self, alice: Party, rows: Batch, output: Tensor, labels: Tensor, name: str, num_steps: int) -> Part:
+        loss = self.loss.join([self.loss.module(output, labels).detach()], [self.loss.weight_of(labels)])
+        if not torch.isfinite(loss.total):
+            told = f"{name} is {loss.value.item()} after {num_steps} mini-batches"
+            raise DivergedError(f"{told}: {cause(self.network, rows, alice)}")
+        self.tally.add(alice, loss, output, labels)
+        return {"output": output, "labels": labels, "owners": rows.owners}

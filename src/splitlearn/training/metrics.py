@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from splitlearn.errors import DivergedError
+from splitlearn.errors import CURE, DivergedError
 from splitlearn.layout import Party
 from splitlearn.network import Batch
-from splitlearn.training.checks import blame
 from splitlearn.training.losses import Loss
 
 
@@ -20,11 +19,16 @@ class EpochLoss:
     """The training loss of an epoch so far: by the Alice in whose turns it came, its total and what that is divided by.
 
     `last` is the latest loss. In a process that does not hold the loss the sums are missing, until they are told.
+
+    Arguments:
+        cause: tells of an Alice and her mini-batch why their loss is not finite.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cause: Callable[[Party, Batch], str] = lambda alice, batch: CURE) -> None:
+        self.cause = cause
         self.sums: dict[Party, list[float]] = {}
         self.last = math.nan
+        self.new: list[tuple[Party, Batch, Loss]] = []  # not looked at yet
 
     @property
     def mean(self) -> float:
@@ -32,14 +36,20 @@ class EpochLoss:
         weight = math.fsum(weight for _, weight in self.sums.values())
         return math.fsum(total for total, _ in self.sums.values()) / weight if weight else math.nan
 
-    def add(self, losses: Sequence[tuple[Party, Batch, Loss | None]]) -> None:
-        """Look at the losses of a stretch, all at once: on a GPU each look waits for it.
+    def add(self, alice: Party, batch: Batch, loss: Loss) -> None:
+        """Look at a loss, before anybody's weights are changed by it; on a GPU, where to look is to wait, keep it.
 
         Raises DivergedError for a loss that is not finite.
         """
-        held = [(alice, batch, loss) for alice, batch, loss in losses if loss is not None]  # others hold the rest
-        values = torch.stack([loss.value for *_, loss in held]).tolist() if held else []
-        for (alice, batch, loss), value in zip(held, values, strict=True):
+        self.new.append((alice, batch, loss))
+        if not loss.value.is_cuda:
+            self.look()
+
+    def look(self) -> None:
+        """Look at what was kept, all at once. Raises DivergedError for a loss that is not finite."""
+        new, self.new = self.new, []
+        values = torch.stack([loss.value for *_, loss in new]).tolist() if new else []
+        for (alice, batch, loss), value in zip(new, values, strict=True):
             weight = float(loss.weight)
             if not math.isfinite(value):
                 where = f"in the turn of {alice} at epoch {batch.number[0]}, mini-batch {batch.number[1]}"
@@ -48,7 +58,7 @@ class EpochLoss:
                         f"the loss is {value} {where}, all labels of which weigh nothing: leave these rows out, take "
                         "larger mini-batches, or weigh every class in `loss.weight`"
                     )
-                raise DivergedError(f"the loss is {value} {where}: {blame(batch)}")
+                raise DivergedError(f"the loss is {value} {where}: {self.cause(alice, batch)}")
             total, before = self.sums.get(alice, (0.0, 0.0))
             self.sums[alice] = [total + (value if loss.total is loss.value else value * weight), before + weight]
             self.last = value
