@@ -1,6 +1,7 @@
 """Which parties this process plays: all of them (`simulated`), or one, with the others in processes of their own.
 
-`launch` starts the processes, `processes` watches over them, and `party` is what each of them does: it joins by
-`greetings`, trains over a `remote_wire` and keeps `snapshots`. What carries the frames: `wiring`, `transports`,
-`streams`, `hub`, `sealing`, `frame`. Start at `party`.
+Start at `party`, what each process does: it joins the others by `greetings`, trains over a `remote_wire` and keeps
+`snapshots`. `launch` starts the processes, and `processes` watches over them and starts a lost one again. A party
+that dies is noticed by the `hub`, where its stream ends, and by a member's end in `streams` where it is the hub
+itself. What carries the frames: `wiring`, `transports`, `sealing`, `frame`.
 """
