@@ -22,18 +22,25 @@ def leave(folder, number, overrides, results):
 
 @pytest.fixture
 def sweep(tmp_path):
+    """Where a sweep was, of which a run is left."""
+    leave(tmp_path, 77, ["optimizer.lr=77"], DONE)
+    (tmp_path / "sweep.csv").write_text("of the earlier one")
+    return tmp_path
+
+
+def run(folder):
     """Twelve runs, so that numbers must be sorted as such; one stopped, one left nothing."""
     for number in range(12):
         stopped = {"epochs": [], "test": {}, "bytes": {}, "stopped": "DivergedError: the loss is nan"}
         results = {3: stopped, 4: None}.get(number, DONE)
-        leave(tmp_path, number, ["+experiment=e", f"optimizer.lr={number}"], results)
-    return tmp_path
+        leave(folder, number, ["+experiment=e", f"optimizer.lr={number}"], results)
 
 
-def test_a_line_for_each_run_in_order_and_a_column_for_each_key_that_varies(sweep, capsys):
+def test_a_line_for_each_run_of_this_sweep_in_order_and_a_column_for_each_key_that_varies(sweep, capsys):
     table = SweepTable()
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(sweep)}}})
     table.on_multirun_start(config)
+    run(sweep)
     table.on_multirun_end(config)
     with (sweep / "sweep.csv").open() as file:
         lines = list(csv.DictReader(file))

@@ -198,7 +198,7 @@ def test_unknown_options_and_keys_are_hydras_to_tell(override, told, configure):
 def checkpoint(configure, tmp_path) -> Path:
     """Of the first of two epochs."""
     train(configure("trainer.max_epochs=1", "trainer.limit_train_batches=2", "logger=none"))
-    saved = tmp_path / "run" / "checkpoints" / "epoch0.ckpt"
+    saved = tmp_path / "run" / "checkpoints" / "epoch0-step2.ckpt"
     return saved.rename(tmp_path / "first.ckpt")
 
 
@@ -303,6 +303,55 @@ def test_the_best_checkpoint_is_tested_where_asked_for(configure, tmp_path, capl
         train(configure("trainer.max_epochs=2", "logger=none", *monitor, *rises))
     assert results(tmp_path / "run")["test"] != first
     assert "Tests the last weights; test=best would test" in caplog.text
+
+
+SEVERAL = ("trainer.limit_train_batches=6", "trainer.val_check_interval=2", "logger=none", "optimizer.lr=2.0")
+BEST = ("callbacks.checkpoint.monitor=val/loss", "callbacks.checkpoint.save_on_train_epoch_end=false", "test=best")
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_the_best_of_several_checkpoints_of_an_epoch_is_not_overwritten(kept, configure, tmp_path):
+    train(configure("trainer.max_epochs=2", *SEVERAL, *BEST, f"+callbacks.checkpoint.save_top_k={kept}"))
+    saved = [torch.load(path, weights_only=True) for path in (tmp_path / "run/checkpoints").glob("epoch*.ckpt")]
+    assert len({checkpoint["global_step"] for checkpoint in saved}) == kept
+    (state,) = (s for checkpoint in saved[-1:] for name, s in checkpoint["callbacks"].items() if "ModelChe" in name)
+    of_best = torch.load(state["best_model_path"], weights_only=True)
+    assert of_best["splitlearn"]["measured"]["val/loss"] == state["best_model_score"]
+
+
+def test_a_run_that_tests_its_best_checkpoint_has_the_results_of_all_its_epochs(configure, tmp_path):
+    """Its first epoch's is the best."""
+    train(configure("trainer.max_epochs=3", *SEVERAL, *BEST[:-1]))
+    last = results(tmp_path / "run")
+    train(configure("trainer.max_epochs=3", *SEVERAL, *BEST))
+    best = results(tmp_path / "run")
+    assert best["test"] != last["test"]
+    assert [epoch["epoch"] for epoch in best["epochs"]] == [0, 1, 2]
+    for epoch in (*best["epochs"], *last["epochs"]):
+        assert epoch.pop("seconds") > 0
+    assert best["epochs"] == last["epochs"]
+
+
+def test_the_best_checkpoint_is_that_of_all_parts_of_a_run(configure, tmp_path):
+    train(configure("trainer.max_epochs=3", *SEVERAL, *BEST))
+    whole = results(tmp_path / "run")["test"]
+    train(configure("trainer.max_epochs=1", *SEVERAL, *BEST, f"output_dir={tmp_path}/first"))
+    first = sorted((tmp_path / "first" / "checkpoints").glob("*"))
+    more = (f"ckpt={tmp_path}/first/checkpoints/last.ckpt", f"output_dir={tmp_path}/second")
+    train(configure("trainer.max_epochs=3", *SEVERAL, *BEST, *more))
+    assert results(tmp_path / "second")["test"] == whole
+    assert sorted((tmp_path / "first" / "checkpoints").glob("*")) == first
+
+
+def test_results_of_an_earlier_run_do_not_stand_for_one_that_was_refused(configure, tmp_path):
+    train(configure(*QUICK, "logger=none"))
+    ckpt = f"ckpt={tmp_path}/run/checkpoints/last.ckpt"
+    with refuses(InputError, "is of another run"):
+        train(configure(*QUICK, "logger=none", "optimizer.lr=0.5", ckpt))
+    assert len(results(tmp_path / "run")["epochs"]) == 1
+    with pytest.raises(InputError):
+        train(configure(*QUICK, "logger=none", "layout.cut=99"))
+    assert not (tmp_path / "run" / "results.json").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path):

@@ -23,6 +23,7 @@ from splitlearn.ledger import Ledger
 from splitlearn.network import Batch, SplitNetwork, micro
 from splitlearn.schedules.rounds import Rounds
 from splitlearn.schedules.schedule import Schedule
+from splitlearn.training.checkpoints import restore_callbacks
 from splitlearn.training.checks import (
     check_accumulation,
     check_kind,
@@ -244,6 +245,7 @@ class SplitLearner(pl.LightningModule):
         trains = self.trainer.state.fn == TrainerFn.FITTING
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         check_kind(self.settings(data) if trains else self.kind(data), state["kind"])
+        restore_callbacks(self.trainer, checkpoint, trains)
         restore(self, state, checkpoint["loops"]["fit_loop"] if trains else None)
 
     def _step_at_once(self) -> None:

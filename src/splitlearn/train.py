@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from splitlearn.build import as_input_error, build, make, one_line
+from splitlearn.callbacks.results import forget
 from splitlearn.callbacks.summary import finishing, log_hyperparameters, print_table, quieten
 from splitlearn.callbacks.tensorboard import has_many_alices
 from splitlearn.errors import DivergedError, InputError
@@ -32,6 +33,7 @@ def train(cfg: DictConfig) -> float | None:
 
     Raises InputError, before training starts, for what does not fit.
     """
+    forget(cfg.output_dir, cfg.ckpt)
     with as_input_error():
         engine = make(cfg.engine)
     metrics = federate(cfg, engine) if isinstance(engine, Processes) else _simulate(cfg, engine)

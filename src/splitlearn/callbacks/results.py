@@ -33,6 +33,7 @@ class Results(Callback):
         self.test: dict[str, float] = {}
         self.others: list[Callback] = []
         self.earlier = 0.0
+        self.begun = False
         self.started = time.perf_counter()
 
     @property
@@ -43,7 +44,7 @@ class Results(Callback):
         self.others = trainer.callbacks  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.started = time.perf_counter()
+        self.begun, self.started = True, time.perf_counter()
 
     def on_fit_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
         self.earlier, self.started = self.seconds, time.perf_counter()
@@ -74,7 +75,8 @@ class Results(Callback):
         self.write(learner)
 
     def on_exception(self, trainer: pl.Trainer, learner: SplitLearner, exception: BaseException) -> None:  # type: ignore[override]
-        self.write(learner, stopped=f"{type(exception).__name__}: {exception}")
+        if self.begun or not self.path.exists():  # else they are of the run that could not be gone on from
+            self.write(learner, stopped=f"{type(exception).__name__}: {exception}")
 
     def write(self, learner: SplitLearner, **more: Any) -> None:
         flops = learner.meter.by_party()
@@ -98,6 +100,14 @@ class Results(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.epochs, self.validated = state_dict["epochs"], state_dict["validated"]
         self.earlier = state_dict["seconds"]
+
+
+def forget(folder: str | Path, ckpt: str | None) -> None:
+    """Remove the results of an earlier run into the same folder, unless that run is gone on with."""
+    kept = Path(folder).resolve() / "results.json"
+    if ckpt is None or not Path(ckpt).resolve().is_relative_to(kept.parent):
+        with told_if_full(kept):
+            kept.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:

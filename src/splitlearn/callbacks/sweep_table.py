@@ -19,12 +19,16 @@ NUMBERS = ("test/accuracy", "test/loss", "epochs", "bytes", "seconds")
 class SweepTable(Callback):
     """Prints the runs of a multirun side by side, and keeps them as `sweep.csv` in its folder.
 
-    A run without a test result is listed with what stopped it, or as `no result`.
+    A run without a test result is listed with what stopped it, or as `no result`; one of an earlier sweep into the same
+    folder is left out.
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         # Where a run has failed, Hydra raises its error at the end of the sweep and never comes to on_multirun_end.
         self.folder = Path(config.hydra.sweep.dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "sweep.csv").write_text("")  # of this sweep from now on
+        self.began = (self.folder / "sweep.csv").stat().st_mtime_ns
         atexit.register(self.show)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
@@ -33,11 +37,12 @@ class SweepTable(Callback):
 
     def show(self) -> None:
         folder = self.folder
-        runs = [_read(path.parents[1]) for path in sorted(folder.glob("**/.hydra/overrides.yaml"), key=_number)]
+        asked = [path for path in folder.glob("**/.hydra/overrides.yaml") if path.stat().st_mtime_ns >= self.began]
+        runs = [_read(path.parents[1]) for path in sorted(asked, key=_number)]
         if not runs:
             return
-        asked = list(dict.fromkeys(key for run in runs for key in run if key not in (*NUMBERS, "stopped")))
-        varied = [key for key in asked if len({run.get(key) for run in runs}) > 1]
+        keys = dict.fromkeys(key for run in runs for key in run if key not in (*NUMBERS, "stopped"))
+        varied = [key for key in keys if len({run.get(key) for run in runs}) > 1]
         stopped = ["stopped"] * any("stopped" in run for run in runs)
         columns = [*varied, *NUMBERS, *stopped]
         table = Table(*columns, title=str(folder))

@@ -90,6 +90,21 @@ def _by_block(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return short if len(short) == len(state) else dict(state)
 
 
+def restore_callbacks(trainer: pl.Trainer, checkpoint: dict[str, Any], trains: bool) -> None:
+    """Change what Lightning is about to give the callbacks back.
+
+    A run that goes on in a folder of its own knows the best checkpoint of the part before and its score, which
+    ModelCheckpoint would forget with the folder. One that has trained, and tests a checkpoint, keeps what it has
+    measured.
+    """
+    if not trains and trainer.global_step:
+        checkpoint.pop("callbacks", None)
+    states = checkpoint.get("callbacks", {})
+    for callback in trainer.checkpoint_callbacks:
+        if callback.state_key in states:
+            states[callback.state_key]["dirpath"] = getattr(callback, "dirpath", None)
+
+
 def monitoring(trainer: pl.Trainer) -> ModelCheckpoint | None:
     """The callback that knows which checkpoint is the best."""
     saving = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None)
