@@ -115,6 +115,12 @@ MISFITS = {
     "seed=null": ["`seed` (=None) must be a whole number"],
     "test=first": ["`test` (=first) must be last or best"],
     "test=best": ["`test` (=best) needs a checkpoint callback", "callbacks.checkpoint.monitor=val/accuracy"],
+    "callbacks.checkpoint.monitor=val/accuracy": ["`mode` of ModelCheckpoint (=min) takes the worst", "mode=max"],
+    "scheduler=plateau scheduler.monitor=val/accuracy": ["`scheduler.scheduler.mode` (=min) takes the worst"],
+    "scheduler=cosine scheduler.interval=step": ["`scheduler.scheduler.T_max` (=1) counts mini-batches"],
+    "scheduler=cosine trainer.max_epochs=-1 trainer.max_steps=3": ["`scheduler.scheduler.T_max` (=-1) must be"],
+    "+lr=7": ["`lr` (=7) is read by nobody: did you mean optimizer.lr?"],
+    "+batch_size=7": ["`batch_size` (=7) is read by nobody: did you mean data.batch_size?"],
     "weights=nowhere.ckpt": ["`weights` (=nowhere.ckpt) is not a file"],
     "trainer.accumulate_grad_batches=0": [
         "`trainer.accumulate_grad_batches` (=0) must be a whole number of at least 1"
@@ -352,6 +358,11 @@ def test_results_of_an_earlier_run_do_not_stand_for_one_that_was_refused(configu
     with pytest.raises(InputError):
         train(configure(*QUICK, "logger=none", "layout.cut=99"))
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_key_of_ones_own_does_where_another_reads_it(configure, tmp_path):
+    train(configure(*QUICK, "+rate=0.07", "optimizer.lr=${rate}"))
+    assert len(results(tmp_path / "run")["epochs"]) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path):

@@ -1,4 +1,5 @@
 import copy
+import re
 from collections import OrderedDict
 
 import pytest
@@ -109,6 +110,28 @@ def test_pretrained_weights_are_loaded_but_for_the_classes(monkeypatch):
     assert torch.equal(blocks.conv1.conv1.weight, trained["conv1.weight"])
     assert torch.equal(blocks.maxpool.bn1.running_var, trained["bn1.running_var"])
     assert blocks.fc.fc.weight.shape == (5, 512)
+
+
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As DenseNets were published: torchvision's own builder knows the old names."""
+    kept = {name: value for name, value in state.items() if "num_batches_tracked" not in name}
+    return {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)\.", r"\1.\2.", name): value for name, value in kept.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "kwargs"),
+    [("densenet121", renamed, {}), ("inception_v3", dict, {"aux_logits": False}), ("resnet18", dict, {})],
+)
+def test_a_pretrained_model_is_the_one_that_torchvision_makes(name, published, kwargs, monkeypatch):
+    """Inception, when pretrained, transforms its input as well."""
+    torch.manual_seed(7)
+    quick = {"init_weights": False} if name == "inception_v3" else {}
+    state = published(models.get_model(name, weights=None, **quick).state_dict())
+    monkeypatch.setattr(models.get_model_weights(name), "get_state_dict", lambda self, **_: dict(state))
+    whole = models.get_model(name, weights="DEFAULT").eval()
+    x = torch.rand(1, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.equal(torchvision(1000, name, weights="DEFAULT", **kwargs).eval()(x), whole(x))
 
 
 class Net(nn.Module):

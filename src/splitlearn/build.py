@@ -27,7 +27,7 @@ from splitlearn.data import SplitData
 from splitlearn.errors import InputError, outside
 from splitlearn.learner import SplitLearner
 from splitlearn.network import SplitNetwork
-from splitlearn.training.checkpoints import SafeCheckpointIO, monitoring, start_from
+from splitlearn.training.checkpoints import SafeCheckpointIO, check_modes, monitoring, start_from
 from splitlearn.wire import Wire
 
 LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
@@ -105,8 +105,26 @@ def _check(cfg: DictConfig) -> None:
             )
     if cfg.ckpt is not None and cfg.weights is not None:
         raise InputError(f"`weights` (={cfg.weights}) starts a run and `ckpt` (={cfg.ckpt}) goes on with one: take one")
+    _check_period(cfg)
     if cfg.test not in ("last", "best"):
         raise InputError(f"`test` (={cfg.test}) must be last or best")
+
+
+def _check_period(cfg: DictConfig) -> None:
+    """The rate of a cosine falls for `T_max` intervals, and rises again behind them."""
+    period, epochs = OmegaConf.select(cfg, "scheduler.scheduler.T_max"), cfg.trainer.max_epochs
+    if period is None:
+        return
+    if period < 1:
+        raise InputError(
+            f"`scheduler.scheduler.T_max` (={period}) must be at least 1: it is trainer.max_epochs, unless you say in "
+            "how many intervals the rate falls to its lowest"
+        )
+    if cfg.scheduler.interval == "step" and period == epochs:
+        raise InputError(
+            f"`scheduler.scheduler.T_max` (={period}) counts mini-batches with `scheduler.interval` (=step), and is "
+            "trainer.max_epochs: say in how many mini-batches the rate falls to its lowest, or take interval=epoch"
+        )
 
 
 def _bring(cfg: DictConfig) -> None:
@@ -181,6 +199,7 @@ def _make_trainer(cfg: DictConfig) -> pl.Trainer:
     )
     if trainer.world_size != 1:
         raise InputError(f"`trainer.devices` (={cfg.trainer.devices}) must be 1: the parties of a run share one device")
+    check_modes(trainer)
     if cfg.test == "best" and monitoring(trainer) is None:
         raise InputError(
             "`test` (=best) needs a checkpoint callback that knows the best: callbacks.checkpoint.monitor=val/accuracy "

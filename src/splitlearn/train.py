@@ -10,7 +10,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from splitlearn.build import as_input_error, build, make, one_line
@@ -33,6 +33,7 @@ def train(cfg: DictConfig) -> float | None:
 
     Raises InputError, before training starts, for what does not fit.
     """
+    check_keys(cfg)
     forget(cfg.output_dir, cfg.ckpt)
     with as_input_error():
         engine = make(cfg.engine)
@@ -42,6 +43,18 @@ def train(cfg: DictConfig) -> float | None:
             "`metric` (=%s) was not measured, so a sweeper gets nothing; measured: %s", cfg.metric, ", ".join(metrics)
         )
     return metrics.get(cfg.metric)
+
+
+def check_keys(cfg: DictConfig) -> None:
+    """Raises InputError for a key at the top that nobody reads: neither the program, nor another key's value."""
+    own = OmegaConf.load(f"{CONF}/train.yaml")
+    groups = [next(iter(group)) for group in own.defaults if group != "_self_"]
+    text = str(OmegaConf.to_container(cfg))
+    unread = [key for key in map(str, cfg) if key not in (*own, *groups) and f"${{{key}" not in text]
+    if unread:
+        near = [f"{group}.{unread[0]}" for group in groups if OmegaConf.select(cfg, f"{group}.{unread[0]}") is not None]
+        meant = f"did you mean {' or '.join(near)}?" if near else "leave it out"
+        raise InputError(f"`{unread[0]}` (={cfg[unread[0]]}) is read by nobody: {meant}")
 
 
 def _simulate(cfg: DictConfig, engine: Simulated) -> dict[str, float]:

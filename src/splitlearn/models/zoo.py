@@ -72,19 +72,23 @@ def _make(num_classes: int, name: str, weights: str | None, kwargs: Mapping[str,
             f"`model.name` (={name}) is no classification model of torchvision; near it: {', '.join(close)}"
         )
     model = models.get_model(name, weights=None, num_classes=num_classes, **kwargs)
-    if weights is not None:
-        _load(model, models.get_model_weights(name), weights, name)
-    return model
+    return model if weights is None else _pretrained(model, name, weights, kwargs)
 
 
-def _load(model: nn.Module, offered: Any, weights: str, name: str) -> None:
+def _pretrained(fresh: nn.Module, name: str, weights: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """With the weights that torchvision itself gives the model, but for the layers that do not fit the classes."""
+    offered = models.get_model_weights(name)
     if weights != "DEFAULT" and weights not in offered.__members__:
         choice = ", ".join(["DEFAULT", *offered.__members__])
         raise ValueError(f"`model.weights` (={weights}) of {name} must be one of {choice}, or null for none")
-    state, own = offered[weights].get_state_dict(), model.state_dict()
-    model.load_state_dict(
-        {key: v for key, v in state.items() if key in own and v.shape == own[key].shape}, strict=False
-    )
+    # What its maker knows of old names in a published file, and of what such weights ask of the input.
+    whole = models.get_model(name, weights=offered[weights], **{k: v for k, v in kwargs.items() if k != "aux_logits"})
+    own = fresh.state_dict()
+    fits = {key: v for key, v in whole.state_dict().items() if key in own and v.shape == own[key].shape}
+    fresh.load_state_dict(fits, strict=False)
+    if hasattr(whole, "transform_input"):
+        fresh.transform_input = whole.transform_input
+    return fresh
 
 
 def _trace(model: nn.Module, name: str) -> fx.Graph:

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from splitlearn.errors import InputError, told_if_full
 from splitlearn.network import SplitNetwork
+from splitlearn.training.checks import check_mode
 
 FEW = 3  # of what does not fit, so many are named
 
@@ -109,6 +110,13 @@ def monitoring(trainer: pl.Trainer) -> ModelCheckpoint | None:
     """The callback that knows which checkpoint is the best."""
     saving = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None)
     return next(saving, None)
+
+
+def check_modes(trainer: pl.Trainer) -> None:
+    """Raises InputError where the best would be the worst: the lowest accuracy, or the highest loss."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint | EarlyStopping) and callback.monitor is not None:
+            check_mode(callback.monitor, callback.mode, f"the `mode` of {type(callback).__name__}")
 
 
 def tested(trainer: pl.Trainer, which: str) -> str | None:

@@ -42,6 +42,13 @@ def check_accumulation(num_batches: int, turn: int | str) -> None:
         )
 
 
+def check_mode(monitor: str, mode: str, name: str) -> None:
+    """Raises InputError for an accuracy of which the lowest counts, or a loss of which the highest does."""
+    right = "max" if "accuracy" in monitor else "min" if "loss" in monitor else mode
+    if mode != right:
+        raise InputError(f"{name} (={mode}) takes the worst `{monitor}` for the best: take mode={right}")
+
+
 def check_precision(scaler: torch.amp.GradScaler | None, deferred: Sequence[Role], at_once: Sequence[Role]) -> None:
     """Raises InputError where one gradient scale would have to serve two moments."""
     if scaler is not None and deferred and at_once:

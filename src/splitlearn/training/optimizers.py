@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from splitlearn.errors import InputError
 from splitlearn.layout import Role
 from splitlearn.network import SplitNetwork
+from splitlearn.training.checks import check_mode
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 MakeScheduler = Callable[[Optimizer], Any]
@@ -64,6 +65,9 @@ class Stepper:
         self.scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
         self.autocasts = isinstance(trainer.precision_plugin, MixedPrecision)
         self.schedulers = {i: [c for c in trainer.lr_scheduler_configs if c.interval == i] for i in ("epoch", "step")}
+        for config in trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, ReduceLROnPlateau):
+                check_mode(monitor, config.scheduler.mode, "`scheduler.scheduler.mode`")
         self.listeners = {hook: _listeners(learner, hook) for hook in HOOKS}
 
     def zero_grad(self) -> None:
