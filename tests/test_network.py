@@ -1,13 +1,15 @@
 """A model cut into segments: shapes, first weights, draws, modes, and what does not fit."""
 
 import copy
+import random
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from helpers import BLOCKS, Recorder, differences, make_batch, make_network, make_rows, net, train, weights_of
 from runs import fit, make_data
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from splitlearn.errors import InputError
@@ -277,3 +279,44 @@ def test_a_block_that_cannot_train_on_one_row_is_told_before_training():
 def test_an_alice_left_with_one_row_is_told_at_the_start(tmp_path):
     with pytest.raises(InputError, match=r"alice2 has a mini-batch of one"):
         fit(tmp_path, make_data(11, num_alices=3, sizes=[4, 2, 5]))
+
+
+class Stateful(nn.Module):
+    """A linear layer that each forward in training scales by something that no checkpoint has."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.linear, self.count, self.seen = kind, nn.Linear(24, 5), 0, None
+        self.register_buffer("counted", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        self.count += 1
+        self.counted = self.counted + 1
+        self.seen = x.detach()
+        scales = {
+            "attribute": float(self.count),
+            "numpy": float(np.random.rand()),
+            "random": random.random(),
+            "buffer": self.counted,
+            "torch": torch.rand(()),
+            "nothing": 1.0,
+        }
+        return self.linear(x) * scales[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["attribute", "numpy", "random"])
+def test_a_block_that_keeps_or_draws_what_no_checkpoint_has_is_refused(kind):
+    model = nn.Sequential(OrderedDict(first=Stateful(kind), head=nn.Linear(5, 3)))
+    x, y = make_rows(4)
+    with pytest.raises(ValueError, match=r"^block `first` makes different things of one input: .* register_buffer"):
+        SplitNetwork(model, two_party(model, 1), {"x": x, "y": y})
+
+
+@pytest.mark.parametrize(("kind", "draws"), [("buffer", False), ("torch", True), ("nothing", False)])
+def test_one_that_keeps_buffers_looks_at_itself_or_draws_by_torch_is_not(kind, draws):
+    model = nn.Sequential(OrderedDict(first=Stateful(kind), head=nn.Linear(5, 3)))
+    x, y = make_rows(4)
+    network = SplitNetwork(model, two_party(model, 1), {"x": x, "y": y})
+    assert network.segments["bottom"].drawing == ({"first"} if draws else set())
+    assert model.first.count == 1  # of the run that made the shapes; the rest was tried on copies

@@ -2,6 +2,7 @@
 
 import json
 from collections import OrderedDict
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -10,13 +11,16 @@ from helpers import SEED, SGD
 from pytorch_lightning.callbacks import BaseFinetuning, ModelCheckpoint
 from runs import make_data, make_learner, make_trainer
 from torch import nn
+from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import TensorDataset
 
 from splitlearn.callbacks.results import Results
 from splitlearn.data import Source, SplitData
 from splitlearn.errors import DivergedError, InputError
 from splitlearn.layout import two_party
+from splitlearn.learner import SplitLearner
 from splitlearn.network import SplitNetwork
+from splitlearn.schedules.schedule import Schedule
 
 
 def saved(folder, data=None, make=SGD, **trainer):
@@ -53,6 +57,50 @@ def test_another_learning_rate_is_refused(tmp_path):
 
 def rate(lr):
     return partial(torch.optim.SGD, lr=lr)
+
+
+class Scaled(nn.Module):
+    """Scales by a number that torch does not print."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor, self.flatten = factor, nn.Flatten()
+
+    def forward(self, x):
+        return self.factor * self.flatten(x)
+
+
+def made(data, model_seed=SEED, schedule_seed=0, factor=1.0, decay=0.0, step=1):
+    """A learner of which each argument changes what is computed, and nothing that its layout or model prints."""
+    torch.manual_seed(1)
+    model = nn.Sequential(OrderedDict(first=nn.Sequential(Scaled(factor), nn.Linear(24, 5)), head=nn.Linear(5, 3)))
+    network = SplitNetwork(model, two_party(model, 1), data, seed=model_seed)
+
+    def optimizer(parameters):
+        return torch.optim.SGD([{"params": list(parameters), "weight_decay": decay}], lr=0.1)
+
+    halve = {1: lambda optimizer: StepLR(optimizer, 1), 2: lambda optimizer: StepLR(optimizer, 2)}[step]
+    schedule = Schedule(tuple(data.shards), seed=schedule_seed)
+    return SplitLearner(network, schedule, optimizer, nn.CrossEntropyLoss(), 3, scheduler=halve)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, None),
+        ({"model_seed": 8}, r"`model.seed` is \d+ in the checkpoint and 8 here: resume"),
+        ({"schedule_seed": 8}, r"`schedule.seed` is 0 in the checkpoint and 8 here: resume"),
+        ({"factor": 9.0}, r"`model.first` is .*factor=1.0 in the checkpoint and .*factor=9.0 here: resume"),
+        ({"decay": 0.9}, r"`optimizer.param_groups` is one in the checkpoint and .*0.9.* here: resume"),
+        ({"step": 2}, r"`scheduler` is <lambda> \w+ in the checkpoint and <lambda> \w+ here: resume"),
+    ],
+)
+def test_what_changes_the_result_and_is_not_printed_is_refused(change, told, tmp_path):
+    data, saver = make_data(), ModelCheckpoint(tmp_path, "one")
+    make_trainer(tmp_path, [saver], max_epochs=1).fit(made(data), datamodule=data)
+    refused = pytest.raises(InputError, match=told) if told else nullcontext()
+    with refused:
+        make_trainer(tmp_path).fit(made(data, **change), datamodule=data, ckpt_path=tmp_path / "one.ckpt")
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path):

@@ -163,6 +163,8 @@ class SplitLearner(pl.LightningModule):
             **{f"model.{name}": text for name, text in self.network.texts.items()},
             **self.options,
             **{f"schedule.{name}": value for name, value in self.schedule.settings.items()},
+            "schedule.seed": self.schedule.seed,
+            "model.seed": self.network.seed,
             **self.described,
             **followed,
             **{f"trainer.{name}": value for name, value in self.clip.items()},

@@ -77,7 +77,7 @@ class SplitNetwork(nn.Module):
         super().__init__()
         wire = Wire() if wire is None else wire
         sample = sample if isinstance(sample, Mapping) else sample.sample()
-        self.layout = layout
+        self.layout, self.seed = layout, seed
         self.wire = wire
         self.cut = CutLayer(wire)
         blocks = check_blocks(model)
@@ -151,9 +151,9 @@ class SplitNetwork(nn.Module):
 
     @property
     def texts(self) -> dict[str, str]:
-        """What torch prints of each block, in one line: its layers and their options."""
+        """What is to be known of each block, in one line: its layers and their options."""
         blocks = {name: block for _, segment in self.program for name, block in segment.named_children()}
-        return {name: " ".join(repr(block).split()) for name, block in blocks.items()}
+        return {name: " ".join(" ".join([repr(block), *_attributes(block)]).split()) for name, block in blocks.items()}
 
     def check_sizes(self, smallest: Mapping[Party, int]) -> None:
         """Raises InputError when the smallest mini-batch of a party is one row, and a block cannot train on one."""
@@ -219,6 +219,17 @@ class SplitNetwork(nn.Module):
             inputs = join([values[name] for name in stage.inputs])
             values[stage.name] = segment.shape(inputs) if self.wire.hosts(stage.role) else segment.outline(inputs)
         return values
+
+
+def _attributes(block: nn.Module) -> list[str]:
+    """The plain values that layers of the user's own have, of which torch prints nothing."""
+    return [
+        f"{path}.{name}={value!r}"
+        for path, part in block.named_modules()
+        if not type(part).__module__.startswith("torch")
+        for name, value in sorted(vars(part).items())
+        if name not in ("training", *vars(nn.Module())) and isinstance(value, str | int | float | tuple)
+    ]
 
 
 def join(inputs: list[Tensor]) -> Tensor:

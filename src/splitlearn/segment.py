@@ -52,20 +52,27 @@ class Segment(nn.Sequential):
     def shape(self, x: Tensor) -> Tensor:
         """Give lazy layers their shapes and draw their weights, a block at a time; return the output for `x`.
 
-        Raises ValueError when a block does not fit the output of the one before it, writes into its input, or computes
-        in complex numbers.
+        Raises ValueError when a block does not fit the output of the one before it, writes into its input, computes in
+        complex numbers, or keeps what no checkpoint has.
         """
         drawing, averse = set(), set()
         for i, (name, block) in enumerate(self._modules.items()):
             torch.manual_seed(derive(self.seed, "weights", self.labels[name]))
             out = _run(name, block, x)
             try:
-                if _draws(copy.deepcopy(block), x.detach().requires_grad_(i == 0 and x.is_floating_point())):
+                draws, is_steady = _tried(block, x.detach().requires_grad_(i == 0 and x.is_floating_point()))
+                if draws:
                     drawing.add(name)
                 if not _trains_on(copy.deepcopy(block), x[:1]):
                     averse.add(name)
             except MISFITS as error:
                 raise ValueError(_misfit(name, x, error)) from error
+            if not is_steady:
+                raise ValueError(
+                    f"block `{name}` makes different things of one input: it keeps state in an attribute, which no "
+                    "checkpoint has and no Alice hands on (make it a buffer, by register_buffer), or draws by numpy or "
+                    "Python's random (draw by torch)"
+                )
             x = out
         self.drawing, self.averse = frozenset(drawing), frozenset(averse)
         return x
@@ -132,11 +139,20 @@ def _run(name: str, block: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
-def _draws(block: nn.Module, x: Tensor) -> bool:
-    """Whether the block draws random numbers when it trains. `x` is a leaf, as it is right behind a cut."""
-    before = torch.get_rng_state()
-    block.train()(x)
-    return not torch.equal(before, torch.get_rng_state())
+def _tried(block: nn.Module, x: Tensor) -> tuple[bool, bool]:
+    """Whether the block draws random numbers when it trains, and whether that is all that may change its output.
+
+    `x` is a leaf, as it is right behind a cut. Twice a copy of the block runs on it with the same weights, buffers and
+    draws of torch.
+    """
+    block, before = copy.deepcopy(block).train(), torch.get_rng_state()
+    buffers = [copy.deepcopy(part._buffers) for part in block.modules()]
+    once = block(x if x.requires_grad else x.clone())
+    draws = not torch.equal(before, torch.get_rng_state())
+    for part, kept in zip(block.modules(), buffers, strict=True):
+        part._buffers.update(kept)
+    torch.set_rng_state(before)
+    return draws, torch.equal(once.nan_to_num(), block(x).nan_to_num())
 
 
 @torch.no_grad()

@@ -234,6 +234,8 @@ def options_of(optimizers: Mapping[Role, Optimizer]) -> dict[str, str]:
     by_name: dict[str, dict[Role, str]] = {}
     for role, optimizer in optimizers.items():
         options = {f"optimizer.{name}": value for name, value in optimizer.defaults.items()}
+        groups = [_own_options(group, optimizer.defaults) for group in optimizer.param_groups]
+        options["optimizer.param_groups"] = groups if len(groups) > 1 or any(groups) else "one"
         for name, value in {"optimizer": type(optimizer).__name__, **options}.items():
             by_name.setdefault(name, {})[role] = str(value)
     return {
@@ -242,3 +244,9 @@ def options_of(optimizers: Mapping[Role, Optimizer]) -> dict[str, str]:
         else next(iter(values.values()))
         for name, values in by_name.items()
     }
+
+
+def _own_options(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What a group of parameters has besides the optimizer's defaults, and how many parameters."""
+    own = {name: value for name, value in group.items() if name != "params" and value != defaults.get(name)}
+    return {**own, "params": len(group["params"])} if own else {}
