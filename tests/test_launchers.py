@@ -37,8 +37,8 @@ SLURM = {
 }
 
 
-def sweep(folder: Path, *overrides: str) -> list[JobReturn]:
-    """What a sweeper gets for two jobs, of which the first diverges; they run into `folder`/0 and /1."""
+def sweep(folder: Path, *overrides: str, jobs: list[list[str]] = JOBS) -> list[JobReturn]:
+    """What a sweeper gets for two jobs, of which the first of `JOBS` diverges; they run into `folder`/0 and /1."""
     with initialize_config_dir(CONF, version_base="1.3", job_name="train"):
         hydra = GlobalHydra.instance().hydra
         hydras = ("hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.mode=MULTIRUN")
@@ -46,7 +46,7 @@ def sweep(folder: Path, *overrides: str) -> list[JobReturn]:
         context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(cfg))
         task = main.__wrapped__  # what @hydra.main hands to a sweeper
         launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=cfg)
-        return launcher.launch(JOBS, initial_job_idx=0)
+        return launcher.launch(jobs, initial_job_idx=0)
 
 
 def timeless(part: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +79,19 @@ def test_a_parallel_sweep_is_the_serial_one_and_a_failed_job_leaves_the_other(ov
     with pytest.raises(DivergedError) as error:
         failed.return_value  # noqa: B018
     assert str(error.value) == str(diverged._return_value)
+
+
+@pytest.mark.slow
+def test_jobs_of_joblib_read_their_rows_with_workers_of_their_own(monkeypatch, tmp_path):
+    # A job is a process of loky already, and starts two more. One process of ours that reads by itself is the measure.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    few = ("data.batch_size=4", "trainer.limit_train_batches=2", "trainer.limit_val_batches=0", "metric=test/accuracy")
+    settings = (*few, "data.in_memory=false", "~callbacks.tensorboard")
+    jobs = [["+experiment=digits_2party", *FEW, *QUIET, *settings, f"seed={seed}"] for seed in (0, 1)]
+    alone = sweep(tmp_path / "alone", jobs=jobs)
+    together = sweep(tmp_path / "together", *LAUNCHERS["joblib"], jobs=[[*job, "data.num_workers=2"] for job in jobs])
+    assert left(tmp_path / "together") == left(tmp_path / "alone")
+    assert [job.return_value for job in together] == [job.return_value for job in alone]
 
 
 def test_slurm_is_asked_for_what_the_command_line_says(monkeypatch, tmp_path):
