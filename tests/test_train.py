@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -497,6 +498,15 @@ def test_who_will_not_train_is_warned_of_by_name(configure):
         UserWarning, match=r"^alice1, alice2 will not train, since the trainer's limits come before their"
     ):
         train(configure(*QUICK, "num_alices=3"))
+
+
+def test_every_job_of_a_process_says_who_will_not_train(configure):
+    # Not by pytest.warns, under which every warning is shown: by default Python shows a line of code's warning once.
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            train(configure(*QUICK, "num_alices=3"))
+    assert sum("will not train" in str(warning.message) for warning in told) == 2
 
 
 def test_a_relative_root_is_that_of_the_folder_one_stands_in(configure, idx_root, monkeypatch):
