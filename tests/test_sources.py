@@ -19,7 +19,9 @@ from splitlearn.data import Source, SplitData
 from splitlearn.data.rows import Normalise, Streamed, load
 from splitlearn.data.sources import cifar10, cifar100, datasets, digits, fashion_mnist, image_folder, mnist
 from splitlearn.errors import InputError
+from splitlearn.train import train
 
+CPU = torch.device("cpu")
 IDX = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 
 
@@ -403,23 +405,89 @@ def test_labels_that_are_no_whole_numbers_are_not_cut_to_some(part):
 def test_a_label_out_of_range_is_one_line_when_streamed_too(num_workers):
     stream = Streamed(Own([PAIR, (PAIR[0], 7)]), Normalise(), num_workers, num_classes=2)
     with pytest.raises(InputError, match=r"^labels run from 1 to 7, outside 0..1: number classes from 0[^\n]*$"):
-        next(stream.stream([torch.arange(2)], torch.device("cpu")))
-
-
-def test_rows_of_unequal_shape_are_named():
-    with refuses(ValueError, "one row has shape [1, 2, 2] and another [3]: rows must be of one shape", "pad or crop"):
-        load(Own([PAIR, (torch.zeros(3), 0)]))
+        next(stream.stream([torch.arange(2)], CPU))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_what_goes_wrong_in_mid_run_is_one_line_with_workers_too(tmp_path, num_workers):
+def test_a_row_of_another_shape_is_named_whatever_its_mini_batch(num_workers):
+    ragged = Own([PAIR, PAIR, (torch.zeros(3), 0), (torch.zeros(3), 0)])
+    said = "row 2 of the data has shape [3], and row 0 [1, 2, 2]: rows must be of one shape; pad or crop them"
+    with refuses(InputError, said):
+        load(ragged)
+    alone = Streamed(ragged, Normalise(), num_workers).stream([torch.arange(2), torch.arange(2, 4)], CPU)
+    assert next(alone)["x"].shape == (2, 1, 2, 2)
+    with pytest.raises(InputError, match=f"^{re.escape(said)}[^\\n]*$"):
+        next(alone)  # of two rows that are alike
+
+
+class TwoWordsError(Exception):
+    """Cannot be made anew from its message, as DataLoader would do with a worker's."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first}\n{second}")
+
+
+class Broken(Own):
+    """Rows of which some are errors."""
+
+    def __getitem__(self, index: int) -> object:
+        if isinstance(self.items[index], Exception):
+            raise self.items[index]
+        return self.items[index]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        (OSError(5, "Input/output error", "/data/7.npy"), "OSError: [Errno 5] Input/output error: '/data/7.npy'"),
+        (TwoWordsError("one", "two"), "TwoWordsError: one two"),
+        (StopIteration("no more"), "StopIteration: no more"),  # which would end a generator
+        (None, "TypeError: cannot unpack non-iterable NoneType object"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_one_line_with_its_number(broken, told, num_workers):
+    rows, said = (
+        Broken([PAIR, broken]),
+        rf"^row 1 of the test rows cannot be read \({re.escape(told)}\): mend it[^\n]*$",
+    )
+    with pytest.raises(InputError, match=said):
+        load(rows, "test rows")
+    stream = Streamed(rows, Normalise(), num_workers, where="test rows").stream([torch.arange(2)], CPU)
+    with pytest.raises(InputError, match=said):
+        next(stream)
+
+
+def test_a_first_row_that_cannot_be_read_is_told_at_the_start():
+    rows = Broken([OSError("disk"), PAIR], classes=["a", "b"])
+    with refuses(InputError, "row 0 of the train rows cannot be read (OSError: disk)"):
+        datasets(rows)
+    for in_memory in (None, True, False):
+        with refuses(InputError, "row 0 of the data cannot be read (OSError: disk)"):
+            SplitData(Source(rows, None, 2), in_memory=in_memory)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_damaged_picture_is_one_line_with_its_name(tmp_path, num_workers):
     write_classes(tmp_path, "dog", "cat")
-    path = tmp_path / "cat/a.png"
+    path = tmp_path / "dog/a.png"
     Image.effect_noise((64, 64), 50).save(path)
     path.write_bytes(path.read_bytes()[:-2000])
-    damaged = image_folder(tmp_path, image_size=4).train
-    ragged = Own([PAIR, (torch.zeros(3), 0)])
-    for rows, said in ((damaged, f"{path} cannot be read as"), (ragged, "one row has shape [1, 2, 2] and another [3]")):
-        stream = Streamed(rows, Normalise(), num_workers).stream([torch.arange(2)], torch.device("cpu"))
-        with pytest.raises(InputError, match=f"^{re.escape(said)}[^\\n]*$"):
-            next(stream)
+    rows = Streamed(image_folder(tmp_path, image_size=4).train, Normalise(), num_workers)
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))} cannot be read as[^\\n]*$"):
+        next(rows.stream([torch.arange(4)], CPU))
+
+
+def test_a_picture_without_bytes_is_named_at_the_start(tmp_path):
+    path = write_classes(tmp_path, "dog", "cat") / "dog/b.png"
+    path.write_bytes(b"")
+    with refuses(ValueError, f"{path} cannot be read as a picture (it has no bytes): replace or remove it"):
+        image_folder(tmp_path, image_size=4)
+
+
+def test_a_picture_that_cannot_be_opened_is_named_at_the_start(tmp_path, configure):
+    path = write_classes(tmp_path, "dog", "cat") / "cat/a.png"
+    path.unlink()
+    path.symlink_to(path)  # which nobody can open, root neither
+    with pytest.raises(InputError, match=f"^.*{re.escape(str(path))}[^\\n]*$"):
+        train(configure("data=image_folder", f"data.root={tmp_path}", "data.image_size=4"))

@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
+from torch.utils.data import Dataset
 
 from splitlearn import train as module
 from splitlearn.build import build
@@ -507,6 +508,29 @@ def test_every_job_of_a_process_says_who_will_not_train(configure):
         for _ in range(2):
             train(configure(*QUICK, "num_alices=3"))
     assert sum("will not train" in str(warning.message) for warning in told) == 2
+
+
+class BadSector(Dataset):
+    """Forty rows, of which one cannot be read; it is none of those that are looked at before training."""
+
+    classes = ("even", "odd")
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        if row == 34:
+            raise OSError(5, "Input/output error", "rows.bin")
+        return torch.full((4,), float(row)), row % 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_row_that_cannot_be_read_ends_a_run_in_one_line(num_workers, configure, tmp_path):
+    own = ("data=dataset", f"data.source.train._target_={__name__}.BadSector", "data.in_memory=false")
+    said = "row 34 of the data cannot be read (OSError: [Errno 5] Input/output error: 'rows.bin'): mend it"
+    with refuses(InputError, said):
+        train(configure("trainer.max_epochs=1", "logger=none", *own, f"data.num_workers={num_workers}"))
+    assert said in results(tmp_path / "run")["stopped"]  # it had begun
 
 
 def test_a_relative_root_is_that_of_the_folder_one_stands_in(configure, idx_root, monkeypatch):

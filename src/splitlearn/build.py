@@ -37,7 +37,7 @@ MAKING = (
     InstantiationException,
     MisconfigurationException,
     OmegaConfBaseException,
-    FileNotFoundError,
+    OSError,
     TypeError,
     ValueError,
 )
@@ -149,7 +149,7 @@ def as_input_error() -> Iterator[None]:
         yield
     except MAKING as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
-        if isinstance(cause, (ValueError, FileNotFoundError, ImportError)):
+        if isinstance(cause, (ValueError, OSError, ImportError)):
             raise InputError(one_line(cause)) from error
         raise InputError(f"{one_line(error)}: `--cfg job` shows the options and their values") from error
 

@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
+from splitlearn.data.rows import Checked
+
 SAMPLED = 8  # rows of a data set that is too large, or too slow, to read as a whole
 
 
-def digests(dataset: Dataset) -> dict[str, str]:
+def digests(dataset: Dataset, where: str = "data") -> dict[str, str]:
     """Return digests of `labels`, in order, of `rows`, in whatever order, and of the `order of rows`.
 
     Of tensors every value counts. Of pictures in folders the names, classes and sizes of all files count, and the bytes
@@ -34,7 +36,8 @@ def digests(dataset: Dataset) -> dict[str, str]:
         )
         return {**_labels(torch.as_tensor(dataset.targets)), **_rows(named)}
     told = _labels(torch.as_tensor(dataset.targets)) if hasattr(dataset, "targets") else {}
-    once, again = ([_item(dataset[i]) for i in _some(len(dataset))] for _ in range(2))  # type: ignore[arg-type]
+    rows = Checked(dataset, where)
+    once, again = ([_item(rows[i]) for i in _some(len(rows))] for _ in range(2))
     return {**told, **(_rows(once) if once == again else {})}
 
 

@@ -18,6 +18,7 @@ from splitlearn.data.own_table import Part, require
 from splitlearn.data.partition import all_rows, iid
 from splitlearn.data.partition import columns as deal_columns
 from splitlearn.data.rows import (
+    Checked,
     Fields,
     InMemory,
     Normalise,
@@ -106,8 +107,8 @@ class SplitData(pl.LightningDataModule):
         self.normalised = {"data.mean": mean, "data.std": std}
         prepare = Normalise(mean, std, self.columns)
         held = (prepare, in_memory, num_workers, source.num_classes)
-        self.rows = _rows(source.train, *held)
-        self.test_rows = self.rows if source.test is None else _rows(source.test, *held)
+        self.rows = _rows(source.train, "data", *held)
+        self.test_rows = self.rows if source.test is None else _rows(source.test, "test rows", *held)
         self.test_ids = test_ids if source.test is None else torch.arange(len(self.test_rows))
         self.labels = _labels(self.rows, source.train, source.num_classes)
         _check_partition(partition, num_columns)
@@ -249,15 +250,19 @@ def _alike(source: Source) -> dict[str, str]:
     if not isinstance(source.train, Part):  # which has some of the columns; its ids are compared
         told |= digests(source.train)
     if source.test is not None:
-        told |= {f"{what} for testing": digest for what, digest in digests(source.test).items()}
+        told |= {f"{what} for testing": digest for what, digest in digests(source.test, "test rows").items()}
     return told
 
 
-def _rows(dataset: Dataset, prepare: Normalise, in_memory: bool | None, num_workers: int, num_classes: int) -> Rows:
+def _rows(
+    dataset: Dataset, where: str, prepare: Normalise, in_memory: bool | None, num_workers: int, num_classes: int
+) -> Rows:
     if in_memory is None:
-        x = dataset[0][0]
-        in_memory = 4 * torch.as_tensor(x).numel() * len(dataset) <= FITS_IN_MEMORY  # type: ignore[arg-type]
-    return InMemory(*load(dataset), prepare) if in_memory else Streamed(dataset, prepare, num_workers, num_classes)
+        x, _ = Checked(dataset, where)[0]
+        in_memory = 4 * x.numel() * len(dataset) <= FITS_IN_MEMORY  # type: ignore[arg-type]
+    if in_memory:
+        return InMemory(*load(dataset, where), prepare)
+    return Streamed(dataset, prepare, num_workers, num_classes, where)
 
 
 def _moments(dataset: Dataset, ids: Tensor, mean: object) -> tuple[list[float], list[float]]:
@@ -270,7 +275,7 @@ def _moments(dataset: Dataset, ids: Tensor, mean: object) -> tuple[list[float], 
 
 def _columns(source: Source, num_columns: int, blocks: Sequence[Sequence[int | str]] | None) -> list[Tensor] | None:
     if num_columns > 1:
-        width = torch.as_tensor(source.train[0][0]).shape[-1]
+        width = Checked(source.train)[0][0].shape[-1]
         return deal_columns(source.columns if source.columns is not None else width, num_columns, blocks)
     if blocks is not None:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from splitlearn.training.stopping import unblock
 Fields = dict[str, Tensor]
 """Data fields by name: `x` [B, ...] (or its columns `x0`, `x1`, ...) and `y` [B] int64."""
 Prepare = Callable[[Tensor], Fields]
+AS_TRACED = f"{InputError.__module__}.{InputError.__qualname__}: "  # before its message, in a traceback
 
 
 class Rows(Protocol):
@@ -100,20 +102,62 @@ class InMemory:
             yield {name: field.index_select(0, places.to(field.device)).to(device) for name, field in kept.items()}
 
 
+class Checked(Dataset):
+    """The rows of a user's data set, x as a tensor [...] of row 0's shape, and their labels.
+
+    Raises InputError, by the row's number, for what the data set raises, and for a row of another shape. `where` says
+    which rows they are.
+    """
+
+    def __init__(self, dataset: Dataset, where: str = "data") -> None:
+        self.dataset, self.where = dataset, where
+        self.shape: torch.Size | None = None  # a batch's own rows would not tell: all of them may have another one
+        self.shape = self[0][0].shape
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Any]:
+        with naming_row(row, self.where):
+            x, y = self.dataset[row]
+            x = torch.as_tensor(x)
+        if self.shape not in (None, x.shape):
+            unlike = f"row {row} of the {self.where} has shape {list(x.shape)}, and row 0 {list(self.shape)}"
+            raise InputError(f"{unlike}: rows must be of one shape; pad or crop them in the data set")
+        return x, y
+
+
+@contextmanager
+def naming_row(row: int, where: str) -> Iterator[None]:
+    """Raises InputError, in one line with the row's number, for whatever goes wrong in a user's data set."""
+    try:
+        yield
+    except InputError:  # names a file
+        raise
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"row {row} of the {where} cannot be read ({told}): mend it, or leave it out") from error
+
+
 class Streamed:
     """Rows read from a `torch.utils.data.Dataset` by the workers of a DataLoader, for data larger than memory."""
 
     def __init__(
-        self, dataset: Dataset, prepare: Prepare, num_workers: int = 0, num_classes: int | None = None
+        self,
+        dataset: Dataset,
+        prepare: Prepare,
+        num_workers: int = 0,
+        num_classes: int | None = None,
+        where: str = "data",
     ) -> None:
         self.num_classes = num_classes  # by which labels are checked when they are read
-        self.dataset, self.prepare, self.num_workers = dataset, prepare, num_workers
+        self.dataset, self.prepare, self.num_workers = Checked(dataset, where), prepare, num_workers
         self.names: Collection[str] | None = None  # None: all
         self.dtype = torch.float32
-        self.kept = torch.ones(len(dataset), dtype=torch.bool)  # type: ignore[arg-type]
+        self.kept = torch.ones(len(self.dataset), dtype=torch.bool)
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.dataset)
 
     def keep(self, names: Collection[str], ids: Tensor | None = None) -> None:
         self.names = names
@@ -141,7 +185,7 @@ class Streamed:
             try:
                 x, y = next(read) if wants else (None, None)
             except InputError as error:  # a worker's has its traceback before the message
-                raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from error
+                raise InputError(str(error).strip().splitlines()[-1].removeprefix(AS_TRACED)) from error
             yield {} if x is None or y is None else self._fields(x, y, device)
 
     def _fields(self, x: Tensor, y: Tensor, device: torch.device) -> Fields:
@@ -152,24 +196,17 @@ class Streamed:
         return {name: field for name, field in fields.items() if self.names is None or name in self.names}
 
 
-def load(dataset: Dataset) -> tuple[Tensor, Tensor]:
+def load(dataset: Dataset, where: str = "data") -> tuple[Tensor, Tensor]:
     """Read a whole map-style data set of (x, label) into tensors [N, ...] and [N] int64."""
     tensors = getattr(dataset, "tensors", None)
     if tensors is not None:
         return tensors[0], as_labels(tensors[1])
-    xs, ys = zip(*(dataset[i] for i in range(len(dataset))), strict=True)  # type: ignore[arg-type]
-    return torch.stack(_alike([torch.as_tensor(x) for x in xs])), as_labels(torch.as_tensor(ys))
+    rows = Checked(dataset, where)
+    xs, ys = zip(*(rows[i] for i in range(len(rows))), strict=True)
+    return torch.stack(xs), as_labels(torch.as_tensor(ys))
 
 
-def _alike(xs: list[Tensor]) -> list[Tensor]:
-    if odd := [x for x in xs if x.shape != xs[0].shape]:
-        unlike = f"one row has shape {list(xs[0].shape)} and another {list(odd[0].shape)}"
-        raise InputError(f"{unlike}: rows must be of one shape; pad or crop them in the data set")
-    return xs
-
-
-def _collate(items: list[tuple[Any, Any]], num_classes: int | None) -> Any:
-    _alike([torch.as_tensor(x) for x, _ in items])
+def _collate(items: list[tuple[Tensor, Any]], num_classes: int | None) -> Any:
     x, y = default_collate(items)
     if num_classes is not None:
         check_range(as_labels(y), num_classes)

@@ -23,6 +23,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST, ImageFo
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 
+from splitlearn.data.rows import naming_row
 from splitlearn.errors import InputError
 
 Torchvision = type[MNIST] | type[CIFAR10]
@@ -211,7 +212,12 @@ def _pictures(folder: Path, image_size: int | None) -> ImageFolder:
             raise ValueError(f"{folder / name} holds none: {rule}; fill it or move it away")
     steps = [] if image_size is None else [transforms.Resize(image_size), transforms.CenterCrop(image_size)]
     prepare = transforms.Compose([*steps, transforms.PILToTensor()])
-    return Pictures(str(folder), prepare, loader=_read_rgb, is_valid_file=lambda path: _is_picture(Path(path), folder))
+    pictures = Pictures(
+        str(folder), prepare, loader=_read_rgb, is_valid_file=lambda path: _is_picture(Path(path), folder)
+    )
+    if empty := [path for path, _ in pictures.samples if not os.path.getsize(path)]:  # as a broken copy leaves it
+        raise ValueError(f"{empty[0]} cannot be read as a picture (it has no bytes): replace or remove it")
+    return pictures
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -260,7 +266,8 @@ def _require_samples(name: str, dataset: Any) -> None:
         raise ValueError(f"{kind} must have __getitem__ and __len__: read a stream into a TensorDataset first")
     if len(dataset) < 1:
         raise ValueError(f"{kind} has {len(dataset)} samples: it must have at least one")
-    item = dataset[0]
+    with naming_row(0, f"{name} rows"):
+        item = dataset[0]
     try:
         x, label = item
         operator.index(label)
