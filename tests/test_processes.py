@@ -1,6 +1,7 @@
 """One process per party trains to the same bits as the simulator, and sends the same bytes."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -160,6 +161,23 @@ def test_curves_of_a_party_are_of_the_whole_or_say_whose_they_are(configure, tmp
         tags = {tag for tag in events.Tags()["scalars"] if tag.startswith("bytes/")}
         assert tags
         assert all(party in tag for tag in tags)
+
+
+def test_only_who_holds_the_loss_draws_it_and_nobody_draws_nan(configure, tmp_path):
+    asked = ["trainer.max_epochs=1", "logger=tensorboard", "trainer.log_every_n_steps=2"]
+    run_tiny(configure, tmp_path / "simulated", *asked)
+    run_tiny(configure, tmp_path / "run", *asked, "engine=processes")
+    drawn = {}
+    for folder in ("simulated", "run/bob", "run/alice0"):
+        events = EventAccumulator(str(tmp_path / folder / "tensorboard"))
+        events.Reload()
+        drawn[folder] = {
+            tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+        }
+        assert all(math.isfinite(value) for curve in drawn[folder].values() for _, value in curve)
+    assert len(drawn["simulated"]["train/loss_step"]) > 1
+    assert drawn["run/bob"]["train/loss_step"] == drawn["simulated"]["train/loss_step"]
+    assert "train/loss_step" not in drawn["run/alice0"]
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "splitfed_v1"])

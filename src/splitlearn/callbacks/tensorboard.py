@@ -25,11 +25,11 @@ class TensorBoardCurves(Callback):
     """Writes to TensorBoard what a split run has that others have not.
 
     At the start a picture of who has which rows. Every `log_every_n_steps` mini-batches and at the end of an epoch the
-    loss, and by role the learning rate and the gradient's norm (after clipping), and the bytes so far by direction and
-    kind (in a process of one party those that it sends or receives itself), the FLOPs so far by party; after the first
-    epoch and every `every_n_epochs` a histogram of what crosses each cut, and a sheet of inputs beside it. After every
-    validation its accuracy over what it has cost: there the step of TensorBoard's axis is one FLOP of the Alices or one
-    byte, of all parties together, so that runs are compared by cost.
+    loss (in a process that holds it), by role the learning rate and the gradient's norm (after clipping), the bytes so
+    far by direction and kind (in a process of one party those that it sends or receives itself), and the FLOPs so far
+    by party; after the first epoch and every `every_n_epochs` a histogram of what crosses each cut, and a sheet of
+    inputs beside it. After every validation its accuracy over what it has cost: there the step of TensorBoard's axis is
+    one FLOP of the Alices or one byte, of all parties together, so that runs are compared by cost.
 
     Arguments:
         num_images: the rows of the data on the sheet.
@@ -59,7 +59,8 @@ class TensorBoardCurves(Callback):
         if not trainer.loggers or step == self.written:
             return
         self.written = step
-        scalars = {"train/loss_step": learner.epoch_loss.last}
+        loss = learner.epoch_loss.last
+        scalars = {} if math.isnan(loss) else {"train/loss_step": loss}  # NaN: another party holds it
         for role, optimizer in learner.stepper.optimizers.items():
             scalars[f"lr/{role}"] = optimizer.param_groups[0]["lr"]
             scalars[f"grad_norm/{role}"] = float(_norm(learner.network.parameters_of(role)))
