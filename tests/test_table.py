@@ -1,11 +1,13 @@
 """A CSV of numbers and labels becomes rows; what is not one is refused by file and line."""
 
 import re
+import warnings
 
 import pytest
 import torch
 
 from splitlearn.data import SplitData
+from splitlearn.data.own_table import own_table
 from splitlearn.data.table import table
 from splitlearn.layout import vertical
 
@@ -183,3 +185,40 @@ def test_a_running_id_is_warned_of_by_name(tmp_path):
     with pytest.warns(UserWarning, match=said):
         table(path, "diagnosis")
     table(path, "diagnosis", drop=["no"])
+
+
+BEYOND = 2**24 + 1  # the least whole number that float32 has not
+
+
+def patients(path):
+    return table(path, "diagnosis", drop=["id"])
+
+
+def own(path):
+    return own_table(path, ["no", "lacking"], "diagnosis", ["well", "ill"])
+
+
+@pytest.mark.parametrize(("read", "key"), [(patients, "data.drop"), (own, "data.source.features")])
+def test_whole_numbers_that_float32_rounds_are_warned_of_by_column_and_value(tmp_path, read, key):
+    def column(*values):
+        lines = [f"p{i},{value},{label}" for i, (value, label) in enumerate(zip(values, ("ill", "well"), strict=True))]
+        return read(write(tmp_path, "\n".join(["id,no,diagnosis", *lines]))).train.tensors[0][:, 0].tolist()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kept in ([2**24, -(2**24)], [2**25, 1], [BEYOND + 0.5, 1]):  # the last are measured, and never exact
+            column(*kept)
+    said = f"column no has -{BEYOND + 2}, which as float32 is -{BEYOND + 3}, whatever .* by `{key}`"
+    with pytest.warns(UserWarning, match=said):
+        assert column(BEYOND, -(BEYOND + 2)) == [2**24, -(BEYOND + 3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert column(BEYOND - 2**24, BEYOND + 2 - 2**24) == [1, 3]  # the cure
+
+
+def test_those_of_a_test_file_are_warned_of_too(tmp_path):
+    test = write(tmp_path, f"age,diagnosis,pressure\n{BEYOND},well,120\n", "test.csv")
+    with pytest.warns(
+        UserWarning, match=f"^{re.escape(str(test))}: column age has {BEYOND}, which as float32 is {2**24}"
+    ):
+        table(write(tmp_path, PATIENTS), "diagnosis", test)

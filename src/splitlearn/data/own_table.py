@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from splitlearn.data.csv_file import lines_of, number, other_delimiter
 from splitlearn.data.sources import Source
-from splitlearn.data.table import warn_of_ids
+from splitlearn.data.table import warn_of_ids, warn_of_rounding
 from splitlearn.errors import InputError
 from splitlearn.layout import Role
 
@@ -76,8 +76,10 @@ def own_table(
     x, y = tensor([rows[name].x for name in ids]), tensor([rows[name].y for name in ids])
     file = blake2b(path.read_bytes(), digest_size=8).hexdigest()
     train = Part(x, y, ids, lacks, [name for name in features if name in header], file)
-    values = zip(*(rows[name].x for name in ids), strict=True)  # NaN, of a column that is not there, is no whole number
+    # NaN, of a column that is not there, is no whole number.
+    values = list(zip(*(rows[name].x for name in ids), strict=True))
     warn_of_ids(path, features, values, "data.source.features")
+    warn_of_rounding(path, features, values, "data.source.features")
     return Source(train, None, len(classes), features, classes)
 
 

@@ -42,13 +42,16 @@ def table(
     _check_classes(path, label, classes, len(labels))
     train = _dataset(x, labels, classes)
     warn_of_ids(path, names, zip(*x, strict=True), "data.drop")
+    warn_of_rounding(path, names, zip(*x, strict=True), "data.drop")
     if test_path is None:
         return Source(train, None, len(classes), names, classes)
-    test_names, x, labels = read(Path(test_path).expanduser(), "source.test_path")
+    test_path = Path(test_path).expanduser()
+    test_names, x, labels = read(test_path, "source.test_path")
     if test_names != names:
         raise ValueError(f"{test_path} must have the columns of {path}, {', '.join(names)}, in the same order")
     if odd := sorted(set(labels) - set(classes)):
         raise ValueError(f"{test_path} has labels that {path} has not, {', '.join(odd[:5])}: add them there")
+    warn_of_rounding(test_path, names, zip(*x, strict=True), "data.drop")
     return Source(train, _dataset(x, labels, classes), len(classes), names, classes)
 
 
@@ -58,6 +61,20 @@ def warn_of_ids(path: Path, names: Sequence[str], columns: Iterable[Sequence[flo
         if len(values) > FEW and len(set(values)) == len(values) and all(value.is_integer() for value in values):
             rule = "has whole numbers, all different, as an id has, by which rows would be learnt by heart"
             warnings.warn(f"{path}: column {name} {rule}: leave it out by `{key}` if it is one", stacklevel=3)
+
+
+def warn_of_rounding(path: Path, names: Sequence[str], columns: Iterable[Sequence[float]], key: str) -> None:
+    """Warn of columns of whole numbers that are no longer the same as float32, which has 24 bits for them."""
+    for name, values in zip(names, columns, strict=True):
+        if not all(value.is_integer() for value in values):
+            continue
+        exact = torch.tensor(values, dtype=torch.float64)
+        rounded = exact.float().double()
+        if bool((lost := rounded != exact).any()):
+            largest = int(torch.where(lost, exact.abs(), 0).argmax())
+            told = f"column {name} has {exact[largest]:.0f}, which as float32 is {rounded[largest]:.0f}"
+            cure = f"subtract in the file what all have in common, or leave the column out by `{key}`"
+            warnings.warn(f"{path}: {told}, whatever the trainer's precision: {cure}", stacklevel=3)
 
 
 def _check_classes(path: Path, label: str, classes: Sequence[str], num_rows: int) -> None:
