@@ -23,7 +23,15 @@ LAYERS = [
     ("federation",),
     ("train", "advise"),  # what one runs
 ]
-SEE_HYDRA = ("build", "callbacks.summary", "callbacks.sweep_table", "federation.launch", "train", "advise")
+SEE_HYDRA = (
+    "build",
+    "callbacks.run_folder",
+    "callbacks.summary",
+    "callbacks.sweep_table",
+    "federation.launch",
+    "train",
+    "advise",
+)
 NO_LIGHTNING = ("errors", "layout", "models", "ledger", "segment", "wire", "cut", "network", "costs", "schedules")
 
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import re
+import resource
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
@@ -19,6 +21,7 @@ from torch.utils.data import Dataset
 
 from splitlearn import train as module
 from splitlearn.build import build
+from splitlearn.callbacks.run_folder import RunFolder
 from splitlearn.errors import DivergedError, InputError
 from splitlearn.federation.simulated import Simulated
 from splitlearn.train import CONF, train
@@ -565,6 +568,28 @@ def test_the_command_tells_a_misfit_in_one_line_and_fails(tmp_path):
     assert done.returncode == 1
     assert done.stderr == f"splitlearn: `layout.cut` (=9) must lie between 1 and 2, the blocks being {BLOCKS}\n"
     assert done.stdout == ""
+
+
+def test_the_command_tells_a_folder_that_cannot_be_made_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    done = command("hydra.run.dir=file/run", cwd=tmp_path, check=False)
+    rule = "file/run cannot be written (Not a directory): make room, or take a folder of your own, hydra.run.dir=..."
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"splitlearn: {rule}\n")
+
+
+def test_a_folder_that_takes_no_bytes_is_told_before_a_run_and_before_a_sweep(tmp_path):
+    cfg = OmegaConf.create({"hydra": {kind: {"dir": f"{tmp_path}/{kind}"} for kind in ("run", "sweep")}})
+    starts = {"run": RunFolder().on_run_start, "sweep": RunFolder().on_multirun_start}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for kind, start in starts.items():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as on a full disk, an empty file can be made
+        try:
+            with pytest.raises(SystemExit, match=rf"^splitlearn: .*/{kind} cannot be .* hydra.{kind}.dir=\.\.\.$"):
+                start(cfg)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        start(cfg)
+        assert list((tmp_path / kind).iterdir()) == []
 
 
 def hyperparameters(run: Path) -> tuple[dict[str, float], dict[str, float]]:

@@ -12,14 +12,13 @@ class InputError(ValueError):
 
 
 @contextmanager
-def told_if_full(path: str | Path) -> Iterator[None]:
-    """Raises InputError where `path` cannot be written, be the disk full or the folder another's."""
+def told_if_full(path: str | Path, key: str = "hydra.run.dir") -> Iterator[None]:
+    """Raises InputError where `path` cannot be written, be the disk full or the folder another's; `key` moves it."""
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"{path} cannot be written ({error.strerror or error}): make room, or take a folder of your own, "
-            "hydra.run.dir=..."
+            f"{path} cannot be written ({error.strerror or error}): make room, or take a folder of your own, {key}=..."
         ) from error
 
 
