@@ -13,6 +13,7 @@ from splitlearn.build import build
 from splitlearn.data import SplitData
 from splitlearn.data.own_table import own_table
 from splitlearn.data.partition import all_rows
+from splitlearn.data.table import table
 from splitlearn.errors import InputError
 from splitlearn.federation.greetings import answer_with, check_columns, check_greeting
 from splitlearn.federation.launch import shared_by_all
@@ -155,6 +156,14 @@ def test_rows_stand_in_the_order_of_their_ids(tmp_path):
     assert ours.columns == FEATURES
 
 
+def test_whole_numbers_are_the_classes_that_a_table_makes_of_them(tmp_path):
+    text = "id,age,diagnosis\n" + "".join(f"p{i:02},1,{i * 7 % 12}\n" for i in range(48))
+    ours = source(tmp_path, text, ["age"], classes=list(range(12)))
+    theirs = table(tmp_path / "own.csv", "diagnosis", drop=["id"])
+    assert ours.classes == theirs.classes
+    assert torch.equal(ours.train.tensors[1], theirs.train.tensors[1])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -191,6 +200,11 @@ def test_what_is_no_part_of_the_table_is_refused(tmp_path, text, message):
         ({"features": "age"}, "`data.source.features` (=age) must be a list of 1 or more, all different"),
         ({"features": []}, "`data.source.features` (=[]) must be a list of 1"),
         ({"classes": ["ill", "ill"]}, "`data.source.classes` (=['ill', 'ill']) must be a list of 2"),
+        (
+            {"classes": [2, 10, 1]},
+            "`data.source.classes` (=[2, 10, 1]) are whole numbers, and must stand in their order: "
+            "data.source.classes=[1,2,10]",
+        ),
         ({"label": "age"}, "`data.source.id` (=id), `data.label` (=age) and the features must be different"),
         ({"id": "diagnosis"}, "`data.source.id` (=diagnosis), `data.label` (=diagnosis) and the features"),
     ],

@@ -213,6 +213,11 @@ def test_without_a_test_folder_test_is_none(tmp_path, folders):
     assert (source.test, source.num_classes, len(source.train)) == (None, 3, 6)
 
 
+def test_folders_called_by_numbers_are_classes_in_their_order(tmp_path):
+    train = image_folder(write_classes(tmp_path, *map(str, range(12)))).train
+    assert sorted((int(x.unique()), label) for x, label in train)[::2] == [(i, i) for i in range(12)]
+
+
 def test_image_size_resizes_and_crops_the_centre(tmp_path):
     write_classes(tmp_path, "dog", "cat")
     stripes = np.repeat(np.uint8([0, 100, 200]), 8)[None].repeat(8, axis=0)  # 24 wide, 8 high

@@ -3,6 +3,7 @@
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,18 @@ def test_columns_are_numbers_and_labels_are_numbered_as_they_sort(tmp_path):
     assert torch.equal(x, torch.tensor([[63, 145.5], [41, 100], [7, -3]]))
     assert y.tolist() == [1, 0, 1]  # ill, well
     assert source[1:] == (None, 2, ["age", "pressure"], ["ill", "well"])
+
+
+@pytest.mark.parametrize(
+    "labels", [range(12), range(-3, 9), [f"{i}.0" for i in range(12)], [f"c{i}" for i in range(12)]]
+)
+def test_whole_numbers_are_classes_in_the_order_that_numpy_gives_and_texts_as_they_sort(tmp_path, labels):
+    text = "age,diagnosis\n" + "".join(f"1,{labels[i * 7 % 12]}\n" for i in range(48))
+    source = table(write(tmp_path, text), "diagnosis")
+    numbers = np.array([labels[i * 7 % 12] for i in range(48)])
+    names, places = np.unique(numbers if str(labels[0])[0] == "c" else numbers.astype(float), return_inverse=True)
+    assert source.train.tensors[1].tolist() == places.tolist()
+    assert [type(names[0])(name) for name in source.classes] == names.tolist()
 
 
 def test_a_test_file_takes_the_classes_of_the_training_file(tmp_path):

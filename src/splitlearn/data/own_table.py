@@ -12,6 +12,7 @@ from torch import Tensor, tensor
 from torch.utils.data import TensorDataset
 
 from splitlearn.data.csv_file import lines_of, number, other_delimiter
+from splitlearn.data.labels import are_whole, in_order
 from splitlearn.data.sources import Source
 from splitlearn.data.table import warn_of_ids, warn_of_rounding
 from splitlearn.errors import InputError
@@ -62,7 +63,8 @@ def own_table(
         p2,63,80                 p1,well
         p1,41,72                 p2,ill
 
-    A file has the ids and any of the other columns. Of a column that it lacks, x is NaN and y is 0, not to be read.
+    Classes are numbered as they are listed, and whole numbers are listed in their order. A file has the ids and any of
+    the other columns. Of a column that it lacks, x is NaN and y is 0, not to be read.
     FileNotFoundError where it is not there; ValueError, by file and line, for what does not fit.
     """
     path, label, id = Path(path).expanduser(), str(label), str(id)
@@ -139,6 +141,10 @@ def _check(features: Sequence[str], label: str, classes: Sequence[str], id: str)
     for key, names, least in (("features", features, 1), ("classes", classes, 2)):
         if isinstance(names, str) or not least <= len(names) == len(set(map(str, names))):
             raise ValueError(f"`data.source.{key}` (={names}) must be a list of {least} or more, all different")
+    listed = [str(name) for name in classes]
+    if are_whole(listed) and listed != in_order(listed):  # texts are numbered as they are listed, whatever they say
+        rule = f"are whole numbers, and must stand in their order: data.source.classes=[{','.join(in_order(listed))}]"
+        raise ValueError(f"`data.source.classes` (={classes}) {rule}")
     if id == label or {id, label} & set(map(str, features)):
         raise ValueError(f"`data.source.id` (={id}), `data.label` (={label}) and the features must be different")
 

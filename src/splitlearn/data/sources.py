@@ -23,6 +23,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST, ImageFo
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 
+from splitlearn.data.labels import in_order
 from splitlearn.data.rows import naming_row
 from splitlearn.errors import InputError
 
@@ -77,7 +78,7 @@ def cifar100(root: str | Path, download: bool = False) -> Source:
 
 
 class Pictures(ImageFolder):
-    """An ImageFolder without hidden folders, and those that operating systems leave."""
+    """An ImageFolder without hidden folders and those that operating systems leave, and 2 before 10."""
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         classes = _class_folders(Path(directory))
@@ -221,7 +222,7 @@ def _pictures(folder: Path, image_size: int | None) -> ImageFolder:
 
 
 def _class_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
+    return in_order(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
 
 
 def _is_picture(path: Path, folder: Path) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from splitlearn.data.csv_file import NUMBER, lines_of, number, other_delimiter
+from splitlearn.data.labels import in_order
 from splitlearn.data.sources import FEW, Source, too_many
 
 
@@ -28,9 +29,10 @@ def table(
         63,145,healthy
         41,130,ill
 
-    Labels are any text, and numbered as they sort. `features` names the columns of x, `drop` those that are left out. A
-    test file has the same columns, and no label of its own. FileNotFoundError where a file is not there; ValueError, by
-    file and line, for what is not a table of numbers, and for labels that are mostly different.
+    Labels are any text, and numbered as they sort, by number where all are whole numbers. `features` names the columns
+    of x, `drop` those that are left out. A test file has the same columns, and no label of its own. FileNotFoundError
+    where a file is not there; ValueError, by file and line, for what is not a table of numbers, and for labels that are
+    mostly different.
     """
     path, label = Path(path).expanduser(), str(label)
 
@@ -38,7 +40,7 @@ def table(
         return _read(lines_of(path, "data", key, encoding, delimiter), path, label, features, drop)
 
     names, x, labels = read(path, "root")
-    classes = sorted(set(labels))
+    classes = in_order(labels)
     _check_classes(path, label, classes, len(labels))
     train = _dataset(x, labels, classes)
     warn_of_ids(path, names, zip(*x, strict=True), "data.drop")
