@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from splitlearn import layout
-from splitlearn.callbacks.layout_drawing import draw
+from splitlearn.callbacks.layout_drawing import classes_found, draw
 from splitlearn.models import mlp
 from splitlearn.network import SplitNetwork
 from splitlearn.schedules.schedule import Schedule
+from splitlearn.train import train
 
 MNIST = {"x": (1, 28, 28)}
 HALVES = {"x0": (1, 28, 14), "x1": (1, 28, 14)}
@@ -129,3 +130,19 @@ def test_drawing_leaves_the_network_as_it_was():
     assert network.wire.ledger.num_bytes == {}
     assert network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_classes_are_told_with_their_numbers_and_rows():
+    labels = torch.tensor([1, 0, 1, -1, 1])
+    assert classes_found(labels, ["ill", "well", "dead"]) == ["classes: 0 ill (1 rows), 1 well (3), 2 dead (0)"]
+    assert classes_found(labels, None) == classes_found(torch.tensor([-1, -1]), ["ill", "well"]) == []
+    assert classes_found(labels, [f"c{i}" for i in range(30)])[0].endswith("18 c18 (0), 19 c19 (0), ...")
+
+
+@pytest.mark.parametrize("engine", ["simulated", "processes"])
+def test_a_run_says_the_classes_that_it_found(engine, configure, tmp_path, capfd):
+    path = tmp_path / "patients.csv"
+    path.write_text("age,diagnosis\n" + "".join(f"{i % 7},{i % 5 // 2}\n" for i in range(60)))
+    table = ["data=table", f"data.root={path}", "data.label=diagnosis", "trainer.max_epochs=1", "logger=none"]
+    train(configure(*table, "model.hidden_sizes=[4]", "metric=null", f"engine={engine}"))
+    assert capfd.readouterr().out.count("classes: 0 0 (24 rows), 1 1 (24), 2 2 (12)\n") == 1

@@ -178,6 +178,16 @@ def test_whole_numbers_are_the_classes_that_a_table_makes_of_them(tmp_path):
         ("id,age\np1,old\n", "FILE, line 2: `old` is not a number"),
         ("id,age\n,2\n", "FILE, line 2: the row has no id; fill it in, or remove the line"),
         ("id,age\np1,\n", "FILE, line 2: column age has no value; fill it in"),
+        ("id,age\nNA,2\n", "FILE, line 2: the row has no id, but `NA`; fill it in, or remove the line"),
+        ("id,age\n7,2\n8,3\n07,4\n", "FILE, line 4: id `07` is `7` of FILE, line 2 in another spelling: write them"),
+        ("id,age\n7,2\n7.0,4\n", "FILE, line 3: id `7.0` is `7` of FILE, line 2 in another spelling"),
+        ("id,age\np1,2\n\"'p1'\",4\n", "FILE, line 3: id `'p1'` is `p1` of FILE, line 2 in another spelling"),
+        ("id,diagnosis\np1,ill\np2,\n", "FILE, line 3: column diagnosis has no label; fill it in, or remove the line"),
+        ("id,diagnosis\np1,nan\n", "FILE, line 2: column diagnosis has no label, but `nan`; fill it in, or remove"),
+        (
+            'id,diagnosis\np1, "ill"\n',
+            'FILE, line 2: label `"ill"` is `ill` of `data.source.classes` in another spelling: write them alike',
+        ),
         ("id,age\np\x001,2\n", "FILE, line 2: a NUL is no text; mend it"),
         ("id,age\np1,1_000\n", "FILE, line 2: `1_000` is not a number of float32, in column age"),
         ("id,diagnosis\np1,ill\np2,ill\n", "FILE: column diagnosis must hold two labels or more, not only ill"),
@@ -194,12 +204,24 @@ def test_what_is_no_part_of_the_table_is_refused(tmp_path, text, message):
         source(tmp_path, text)
 
 
+def test_ids_that_are_two_stay_two_and_those_that_differ_in_case_alone_are_warned_of(tmp_path):
+    ids = ["0e1", "0e2", "1.1", "1.10", "1e2", "100", "p1", "P1", "0E1"]
+    said = "own.csv, line 9: id `P1` differs from `p1` of .*own.csv, line 8 in upper and lower case alone, as 1 more do: write"
+    with pytest.warns(UserWarning, match=said):
+        assert source(tmp_path, "id\n" + "\n".join(ids)).train.names == sorted(ids)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"features": "age"}, "`data.source.features` (=age) must be a list of 1 or more, all different"),
         ({"features": []}, "`data.source.features` (=[]) must be a list of 1"),
         ({"classes": ["ill", "ill"]}, "`data.source.classes` (=['ill', 'ill']) must be a list of 2"),
+        ({"classes": ["ill", None]}, "`data.source.classes` (=['ill', None]) has `None`, which is no label: call the"),
+        (
+            {"classes": ["1", "1.0"]},
+            "`data.source.classes`: label `1.0` is `1` of `data.source.classes` in another spelling: write them alike",
+        ),
         (
             {"classes": [2, 10, 1]},
             "`data.source.classes` (=[2, 10, 1]) are whole numbers, and must stand in their order: "

@@ -218,6 +218,19 @@ def test_folders_called_by_numbers_are_classes_in_their_order(tmp_path):
     assert sorted((int(x.unique()), label) for x, label in train)[::2] == [(i, i) for i in range(12)]
 
 
+def test_one_class_in_folders_of_two_spellings_is_refused(tmp_path):
+    write_classes(tmp_path / "a", "7", "07", "none")
+    said = f"{tmp_path}/a: class folder `7` is `07` of {tmp_path}/a in another spelling: write them alike"
+    with refuses(ValueError, said):
+        image_folder(tmp_path / "a")
+    write_classes(tmp_path / "b", "train/caf\u00e9", "train/none", "test/cafe\u0301", "test/none")
+    said = f"{tmp_path}/b/train: class folder `caf\\xe9` is `cafe\\u0301` of {tmp_path}/b/test in another spelling"
+    with refuses(ValueError, said):
+        image_folder(tmp_path / "b")
+    with pytest.warns(UserWarning, match="class folder `dog` differs from `Dog` of .* in upper and lower case alone"):
+        assert image_folder(write_classes(tmp_path / "c", "dog", "Dog", "none")).num_classes == 3
+
+
 def test_image_size_resizes_and_crops_the_centre(tmp_path):
     write_classes(tmp_path, "dog", "cat")
     stripes = np.repeat(np.uint8([0, 100, 200]), 8)[None].repeat(8, axis=0)  # 24 wide, 8 high

@@ -45,6 +45,57 @@ def test_whole_numbers_are_classes_in_the_order_that_numpy_gives_and_texts_as_th
     assert [type(names[0])(name) for name in source.classes] == names.tolist()
 
 
+@pytest.mark.parametrize("label", ["NA", "n/a", "N/A", "nan", "NaN", "null", "NULL", "None", "<NA>", ' "NA"'])
+def test_a_label_that_programs_write_for_none_is_refused(tmp_path, label):
+    path = write(tmp_path, f"age,diagnosis\n1,ill\n2,{label}\n3,well\n")
+    rule = f"column diagnosis has no label, but `{label.strip()}`; fill it in, or remove the line, or call the class"
+    with refuses(f"{path}, line 3: {rule} otherwise"):
+        table(path, "diagnosis")
+    table(write(tmp_path, "age,diagnosis\n1,nano\n2,nil\n3,nan-like\n"), "diagnosis")
+
+
+SPELLINGS = [
+    ("0", "00", "00", "0"),
+    ("1", "1.0", "1.0", "1"),
+    ("-1.50", "-1.5", "-1.5", "-1.50"),
+    ("+1e1", "10", "10", "+1e1"),
+    ("caf\u00e9", "cafe\u0301", "cafe\\u0301", "caf\\xe9"),
+    ("x", ' "x"', '"x"', "x"),
+    ("' 1.0 '", "1", "1", "' 1.0 '"),
+    ("not ill", "not  ill", "not  ill", "not ill"),
+    ("not ill", "not\u00a0ill", "not\\xa0ill", "not ill"),
+    ("ill", "i\u200bll", "i\\u200bll", "ill"),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "shown", "other"), SPELLINGS)
+def test_one_label_in_two_spellings_is_refused_with_both(tmp_path, first, second, shown, other):
+    def said(where, other_where):
+        rule = f"label `{shown}` is `{other}` of {other_where} in another spelling"
+        return f"{where}: {rule}: write them alike, or call one otherwise if they are two"
+
+    path = write(tmp_path, f"age,diagnosis\n1,{first}\n2,well\n\n3,{second}\n")
+    with refuses(said(f"{path}, line 5", f"{path}, line 2")):
+        table(path, "diagnosis")
+    path = write(tmp_path, f"age,diagnosis\n1,{first}\n2,well\n")
+    test = write(tmp_path, f"age,diagnosis\n1,well\n2,{second}\n", "test.csv")
+    with refuses(said(f"{test}, line 3", f"{path}, line 2")):
+        table(path, "diagnosis", test)
+
+
+def test_labels_that_are_two_stay_two(tmp_path):
+    labels = ["1", "2", "1.5", "A'", "A", '5"', "e\u0301", "e", "12345678901234567890", "12345678901234567891"]
+    text = "age,diagnosis\n" + "".join(f"1,{label}\n" for label in labels)
+    assert table(write(tmp_path, text), "diagnosis").classes == sorted(labels)
+
+
+def test_labels_that_differ_in_case_alone_are_two_and_warned_of(tmp_path):
+    path = write(tmp_path, "age,diagnosis\n1,ill\n2,well\n3,Ill\n")
+    said = f"{path}, line 4: label `Ill` differs from `ill` of {path}, line 2 in upper and lower case alone: write them"
+    with pytest.warns(UserWarning, match=f"^{re.escape(said)}"):
+        assert table(path, "diagnosis").classes == ["Ill", "ill", "well"]
+
+
 def test_a_test_file_takes_the_classes_of_the_training_file(tmp_path):
     test = write(tmp_path, "age,diagnosis,pressure\n50,well,120\n", "test.csv")
     source = table(str(write(tmp_path, PATIENTS)), "diagnosis", str(test))
@@ -87,6 +138,7 @@ def test_owners_of_named_columns_get_theirs(tmp_path):
         ),
         ("age,diagnosis\n,ill\n", "FILE, line 2: column age has no value; fill it in, or remove its line or column"),
         ("age,diagnosis\n1,\n", "FILE, line 2: column diagnosis has no label; fill it in, or remove the line"),
+        ('age,diagnosis\n1, "" \n', 'FILE, line 2: column diagnosis has no label, but `""`; fill it in, or remove'),
         ("age,diagnosis\n1_000,ill\n", "FILE, line 2: `1_000` is not a number of float32, in column age"),
         ("age,diagnosis\n\u0661\u0662,ill\n", "FILE, line 2: `\u0661\u0662` is not a number"),
         ("age,diagnosis\ninf,ill\n", "FILE, line 2: `inf` is not a number"),

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 
-from splitlearn.callbacks.layout_drawing import draw
+from splitlearn.callbacks.layout_drawing import classes_found, draw
 from splitlearn.learner import SplitLearner
 
 
@@ -49,7 +49,7 @@ class ProgressBar(TQDMProgressBar):
 
 
 class Drawing(Callback):
-    """Prints the layout before training: who owns what, and what crosses each cut in the precision of the run."""
+    """Prints the layout before training: who owns what, what crosses each cut in the run's precision, the classes."""
 
     def on_fit_start(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -57,4 +57,5 @@ class Drawing(Callback):
         with trainer.precision_plugin.forward_context():
             # What other processes hold is on meta: of it only the shape is drawn.
             fields = {**learner.network.sample, **{name: field.to(learner.device) for name, field in rows.items()}}
-            print(draw(learner.network, fields, data.batch_size, learner.schedule), flush=True)
+            drawn = draw(learner.network, fields, data.batch_size, learner.schedule)
+        print(drawn, *classes_found(data.labels, data.classes), sep="\n", flush=True)

@@ -91,7 +91,7 @@ class SplitData(pl.LightningDataModule):
         self.takers = takers
         _check(batch_size, eval_batch_size, val_fraction, test_fraction, augment, num_columns)
         self.batch_size, self.eval_batch_size, self.seed, self.augment = batch_size, eval_batch_size, seed, augment
-        self.num_classes, self.names_of_columns = source.num_classes, source.columns
+        self.num_classes, self.classes, self.names_of_columns = source.num_classes, source.classes, source.columns
         self.alike = _alike(source)
         self.ids: str | None = source.train.ids if isinstance(source.train, Part) else None
         self.names: Sequence[str] = source.train.names if isinstance(source.train, Part) else ()

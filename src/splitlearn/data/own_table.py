@@ -12,12 +12,21 @@ from torch import Tensor, tensor
 from torch.utils.data import TensorDataset
 
 from splitlearn.data.csv_file import lines_of, number, other_delimiter
-from splitlearn.data.labels import are_whole, in_order
+from splitlearn.data.labels import (
+    WHOLE,
+    are_whole,
+    in_order,
+    is_missing,
+    require_label,
+    require_one_spelling,
+    warn_of_case,
+)
 from splitlearn.data.sources import Source
 from splitlearn.data.table import warn_of_ids, warn_of_rounding
 from splitlearn.errors import InputError
 from splitlearn.layout import Role
 
+CLASSES = "`data.source.classes`"
 LABEL = -1  # its place among the columns; those of x are numbered from 0 on
 
 
@@ -65,7 +74,8 @@ def own_table(
 
     Classes are numbered as they are listed, and whole numbers are listed in their order. A file has the ids and any of
     the other columns. Of a column that it lacks, x is NaN and y is 0, not to be read.
-    FileNotFoundError where it is not there; ValueError, by file and line, for what does not fit.
+    FileNotFoundError where it is not there; ValueError, by file and line, for what does not fit, and for an id or label
+    that stands for none, or is another one in another spelling.
     """
     path, label, id = Path(path).expanduser(), str(label), str(id)
     _check(features, label, classes, id)
@@ -117,22 +127,28 @@ def _read(
     for where, fields in lines:
         texts = dict(zip(header, fields, strict=True))
         name = texts[id]
-        if not name:
-            raise ValueError(f"{where}: the row has no {id}; fill it in, or remove the line")
+        if is_missing(name):
+            found = f", but `{name}`" if name else ""
+            raise ValueError(f"{where}: the row has no {id}{found}; fill it in, or remove the line")
         if name in rows:
             raise ValueError(f"{where}: {id} `{name}` is that of {rows[name].where} too; remove one of these lines")
         x = [number(where, column, texts[column]) if column in texts else math.nan for column in features]
-        rows[name] = Row(where, x, _place(where, texts[label], classes) if label in texts else 0)
+        rows[name] = Row(where, x, _place(where, label, texts[label], classes) if label in texts else 0)
     if not rows:
         raise ValueError(f"{path} has no line below its header: it must have at least one row")
+    places = {name: row.where for name, row in rows.items()}
+    require_one_spelling(places, id, WHOLE)
+    warn_of_case(places, id)
     if label in header and len(rows) > 1 and len(held := {row.y for row in rows.values()}) < 2:
         raise ValueError(f"{path}: column {label} must hold two labels or more, not only {classes[held.pop()]}")
     return header, rows
 
 
-def _place(where: str, label: str, classes: Sequence[str]) -> int:
+def _place(where: str, column: str, label: str, classes: Sequence[str]) -> int:
     if label not in classes:
-        rule = f"must be one of `data.source.classes`, {', '.join(classes)}"
+        require_label(where, column, label)
+        require_one_spelling({**dict.fromkeys(classes, CLASSES), label: where}, "label")
+        rule = f"must be one of {CLASSES}, {', '.join(classes)}"
         raise ValueError(f"{where}: label `{label}` {rule}; mend the line, or name it there at every party")
     return classes.index(label)
 
@@ -142,9 +158,13 @@ def _check(features: Sequence[str], label: str, classes: Sequence[str], id: str)
         if isinstance(names, str) or not least <= len(names) == len(set(map(str, names))):
             raise ValueError(f"`data.source.{key}` (={names}) must be a list of {least} or more, all different")
     listed = [str(name) for name in classes]
+    if missing := list(filter(is_missing, listed)):
+        raise ValueError(f"{CLASSES} (={classes}) has `{missing[0]}`, which is no label: call the class otherwise")
+    require_one_spelling(dict.fromkeys(listed, CLASSES), "label")
+    warn_of_case(dict.fromkeys(listed, CLASSES), "label")
     if are_whole(listed) and listed != in_order(listed):  # texts are numbered as they are listed, whatever they say
         rule = f"are whole numbers, and must stand in their order: data.source.classes=[{','.join(in_order(listed))}]"
-        raise ValueError(f"`data.source.classes` (={classes}) {rule}")
+        raise ValueError(f"{CLASSES} (={classes}) {rule}")
     if id == label or {id, label} & set(map(str, features)):
         raise ValueError(f"`data.source.id` (={id}), `data.label` (={label}) and the features must be different")
 

@@ -23,7 +23,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST, ImageFo
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 
-from splitlearn.data.labels import in_order
+from splitlearn.data.labels import in_order, require_one_spelling, warn_of_case
 from splitlearn.data.rows import naming_row
 from splitlearn.errors import InputError
 
@@ -104,6 +104,8 @@ def image_folder(root: str | Path, image_size: int | None = None) -> Source:
     if split and test is None and (root / "val").is_dir():
         raise ValueError(f"{root} has train and val but no test: rename val to test, or move it away")
     if test and test.classes != train.classes:
+        folders = dict.fromkeys(test.classes, test.root) | dict.fromkeys(train.classes, train.root)
+        require_one_spelling(folders, "class folder")
         ours, theirs = set(train.classes), set(test.classes)
         odd = f"only train has {sorted(ours - theirs)}, only test has {sorted(theirs - ours)}"
         raise ValueError(f"train and test in {root} must have the same class folders, but {odd}: add those folders")
@@ -211,6 +213,8 @@ def _pictures(folder: Path, image_size: int | None) -> ImageFolder:
         if not any(_is_picture(file, folder / name) for file in (folder / name).iterdir()):
             rule = f"each folder in {folder} is a class and must hold pictures ({', '.join(IMG_EXTENSIONS)}) itself"
             raise ValueError(f"{folder / name} holds none: {rule}; fill it or move it away")
+    require_one_spelling(dict.fromkeys(classes, str(folder)), "class folder")
+    warn_of_case(dict.fromkeys(classes, str(folder)), "class folder")
     steps = [] if image_size is None else [transforms.Resize(image_size), transforms.CenterCrop(image_size)]
     prepare = transforms.Compose([*steps, transforms.PILToTensor()])
     pictures = Pictures(

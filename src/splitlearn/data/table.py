@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from splitlearn.data.csv_file import NUMBER, lines_of, number, other_delimiter
-from splitlearn.data.labels import in_order
+from splitlearn.data.labels import in_order, require_label, require_one_spelling, warn_of_case
 from splitlearn.data.sources import FEW, Source, too_many
 
 
@@ -31,27 +31,30 @@ def table(
 
     Labels are any text, and numbered as they sort, by number where all are whole numbers. `features` names the columns
     of x, `drop` those that are left out. A test file has the same columns, and no label of its own. FileNotFoundError
-    where a file is not there; ValueError, by file and line, for what is not a table of numbers, and for labels that are
-    mostly different.
+    where a file is not there; ValueError, by file and line, for what is not a table of numbers, for a label that stands
+    for none or is another one in another spelling, and for labels that are mostly different.
     """
     path, label = Path(path).expanduser(), str(label)
 
-    def read(path: Path, key: str) -> tuple[list[str], list[list[float]], list[str]]:
+    def read(path: Path, key: str) -> tuple[list[str], list[list[float]], list[str], dict[str, str]]:
         return _read(lines_of(path, "data", key, encoding, delimiter), path, label, features, drop)
 
-    names, x, labels = read(path, "root")
-    classes = in_order(labels)
+    names, x, labels, places = read(path, "root")
+    classes = in_order(places)
     _check_classes(path, label, classes, len(labels))
+    require_one_spelling(places, "label")
+    warn_of_case(places, "label")
     train = _dataset(x, labels, classes)
     warn_of_ids(path, names, zip(*x, strict=True), "data.drop")
     warn_of_rounding(path, names, zip(*x, strict=True), "data.drop")
     if test_path is None:
         return Source(train, None, len(classes), names, classes)
     test_path = Path(test_path).expanduser()
-    test_names, x, labels = read(test_path, "source.test_path")
+    test_names, x, labels, theirs = read(test_path, "source.test_path")
     if test_names != names:
         raise ValueError(f"{test_path} must have the columns of {path}, {', '.join(names)}, in the same order")
-    if odd := sorted(set(labels) - set(classes)):
+    require_one_spelling(places | {name: where for name, where in theirs.items() if name not in places}, "label")
+    if odd := in_order(theirs.keys() - places.keys()):
         raise ValueError(f"{test_path} has labels that {path} has not, {', '.join(odd[:5])}: add them there")
     warn_of_rounding(test_path, names, zip(*x, strict=True), "data.drop")
     return Source(train, _dataset(x, labels, classes), len(classes), names, classes)
@@ -97,8 +100,8 @@ def _dataset(x: list[list[float]], labels: list[str], classes: list[str]) -> Ten
 
 def _read(
     rows: Iterator[tuple[str, list[str]]], path: Path, label: str, features: Sequence[str] | None, drop: Sequence[str]
-) -> tuple[list[str], list[list[float]], list[str]]:
-    """Return the names of the columns, their values [N][C], and the labels [N]."""
+) -> tuple[list[str], list[list[float]], list[str], dict[str, str]]:
+    """Return the names of the columns, their values [N][C], the labels [N], and where each label stands first."""
     where, header = next(rows)
     if len(header) < 2:
         rule = "must name two columns or more"
@@ -106,15 +109,17 @@ def _read(
     if label not in header:
         raise ValueError(f"`data.label` (={label}) must be a column of {path}: {', '.join(header)}")
     names = _chosen(path, [name for name in header if name != label], features, drop)
-    places, place, x, labels = [header.index(name) for name in names], header.index(label), [], []
+    columns, place, x, labels = [header.index(name) for name in names], header.index(label), [], []
+    places: dict[str, str] = {}
     for where, fields in rows:
-        if not fields[place]:
-            raise ValueError(f"{where}: column {label} has no label; fill it in, or remove the line")
+        if fields[place] not in places:
+            require_label(where, label, fields[place])
+        places.setdefault(fields[place], where)
         labels.append(fields[place])
-        x.append([number(where, name, fields[i]) for name, i in zip(names, places, strict=True)])
+        x.append([number(where, name, fields[i]) for name, i in zip(names, columns, strict=True)])
     if not labels:
         raise ValueError(f"{path} has no line below its header: it must have at least one row")
-    return names, x, labels
+    return names, x, labels, places
 
 
 def _chosen(path: Path, names: list[str], features: Sequence[str] | None, drop: Sequence[str]) -> list[str]:
