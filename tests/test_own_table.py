@@ -3,6 +3,7 @@
 import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from helpers import differences
 from splitlearn.build import build
 from splitlearn.data import SplitData
 from splitlearn.data.own_table import own_table
-from splitlearn.data.partition import all_rows
+from splitlearn.data.partition import all_rows, by_file
 from splitlearn.data.table import table
 from splitlearn.errors import InputError
 from splitlearn.federation.greetings import answer_with, check_columns, check_greeting
@@ -206,7 +207,7 @@ def test_what_is_no_part_of_the_table_is_refused(tmp_path, text, message):
 
 def test_ids_that_are_two_stay_two_and_those_that_differ_in_case_alone_are_warned_of(tmp_path):
     ids = ["0e1", "0e2", "1.1", "1.10", "1e2", "100", "p1", "P1", "0E1"]
-    said = "own.csv, line 9: id `P1` differs from `p1` of .*own.csv, line 8 in upper and lower case alone, as 1 more do: write"
+    said = "own.csv, line 9: id `P1` differs from `p1` of .*own.csv, line 8 in upper and lower case alone, as 1 more"
     with pytest.warns(UserWarning, match=said):
         assert source(tmp_path, "id\n" + "\n".join(ids)).train.names == sorted(ids)
 
@@ -282,6 +283,18 @@ def test_the_file_of_the_simulator_has_all_columns(column, configure, tmp_path):
     path = write(tmp_path, "own.csv", "id", *({*FEATURES, "diagnosis"} - {column}))
     with pytest.raises(InputError, match=re.escape(f"{path} has no column {column}, which ")):
         train(configure(*ASKED, f"data.root={path}"))
+
+
+@pytest.mark.parametrize("ids", [range(24), [f"p{i}" for i in range(24)]])
+def test_rows_are_dealt_by_their_ids_as_a_file_says(ids, tmp_path):
+    """Sorted as text 10 comes before 2, so a row's place is not its id, though each id is some row's place."""
+    rows = "".join(f"{name},{i}.5,1,1,{CLASSES[i % 2]}\n" for i, name in enumerate(ids))
+    joined = source(tmp_path, f"id,{','.join(FEATURES)},diagnosis\n{rows}")
+    path = tmp_path / "who.csv"
+    path.write_text("id,party\n" + "".join(f"{name},alice{i // 12}\n" for i, name in enumerate(ids)))
+    data = SplitData(joined, num_alices=2, partition=partial(by_file, path=path))
+    ages = joined.train.tensors[0][:, 0] - 0.5
+    assert [sorted(ages[data.owners == i].tolist()) for i in (0, 1)] == [[*range(12)], [*range(12, 24)]]
 
 
 def test_alices_who_take_turns_have_no_files_of_their_own(configure, tmp_path):

@@ -218,6 +218,22 @@ def test_a_file_that_does_not_deal_every_row_once_is_refused(tmp_path, text, mes
         by_file(torch.zeros(3), 2, 0, path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,party\n0,alice0\n10,alice0\n2,alice0\n1,alice0\n", "FILE, line 5, id 1: not among the rows' own ids; re"),
+        ("id,party\n0,alice0\n10,alice0\n", "FILE has no line for 1 rows of the source, id 2: give each row an owner"),
+        ("id,party\n0,alice0\n10.0,alice0\n", "FILE, line 3: id `10.0` is `10` of the source in another spelling"),
+        ("id,party\n0,alice0\n2,alice0\n0,alice0\n", "FILE, line 4, id 0: line 2 deals it already, each row once"),
+    ],
+)
+def test_ids_of_the_rows_own_are_never_places(tmp_path, text, message):
+    path = tmp_path / "parties.csv"
+    path.write_text(text)
+    with refuses(message.replace("FILE", str(path))):
+        by_file(torch.zeros(3), 1, 0, path, ids=["0", "10", "2"])
+
+
 def test_many_missing_rows_are_named_in_short_and_a_missing_file_too(tmp_path):
     path = tmp_path / "parties.csv"
     with refuses(f"`partition.path` (={path}) is not a file: name a CSV with a header", FileNotFoundError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
@@ -15,7 +16,7 @@ from splitlearn.data.alike import digests
 from splitlearn.data.holdout import hold_out, owners_of, rows_trained_on, still_held
 from splitlearn.data.loader import Augment, EvalLoader, TurnLoader
 from splitlearn.data.own_table import Part, require
-from splitlearn.data.partition import all_rows, iid
+from splitlearn.data.partition import all_rows, by_file, iid
 from splitlearn.data.partition import columns as deal_columns
 from splitlearn.data.rows import (
     Checked,
@@ -112,7 +113,9 @@ class SplitData(pl.LightningDataModule):
         self.test_ids = test_ids if source.test is None else torch.arange(len(self.test_rows))
         self.labels = _labels(self.rows, source.train, source.num_classes)
         _check_partition(partition, num_columns)
-        self._deal(dict(zip(takers, partition(self.labels, len(takers), seed), strict=True)), train_ids)
+        named = {"ids": self.names} if self.ids is not None and _deals(partition) is by_file else {}
+        deal: Callable[..., list[Tensor]] = partial(partition, **named)
+        self._deal(dict(zip(takers, deal(self.labels, len(takers), seed), strict=True)), train_ids)
 
     @property
     def kind(self) -> str:
@@ -286,12 +289,17 @@ def _columns(source: Source, num_columns: int, blocks: Sequence[Sequence[int | s
 
 
 def _check_partition(partition: Callable[..., list[Tensor]], num_columns: int) -> None:
-    deals = getattr(partition, "func", partition)
+    deals = _deals(partition)
     if num_columns > 1 and deals not in (iid, all_rows):
         raise ValueError(
             f"`partition` (={getattr(deals, '__name__', deals)}) deals rows, and these Alices own columns: "
             "take partition=columns"
         )
+
+
+def _deals(partition: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """The function itself, of which the configuration has filled in some arguments."""
+    return getattr(partition, "func", partition)
 
 
 def _labels(rows: Rows, dataset: Dataset, num_classes: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from splitlearn.data.csv_file import lines_of
+from splitlearn.data.labels import WHOLE, require_one_spelling
 from splitlearn.seeds import derive
 
 HEADER = ["id", "party"]
@@ -81,25 +82,36 @@ def quantity(labels: Tensor, num_shards: int, seed: int, alpha: float = 1.0) -> 
     return _fill(_cut(_shuffled(torch.ones(len(labels), dtype=torch.bool), rng), num_shards, alpha, rng))
 
 
-def by_file(labels: Tensor, num_shards: int, seed: int, path: str | Path, encoding: str = "utf-8") -> list[Tensor]:
-    """Deal as a CSV file says: header `id,party`, then a line for each row of the training source, from 0 on.
+def by_file(
+    labels: Tensor,
+    num_shards: int,
+    seed: int,
+    path: str | Path,
+    encoding: str = "utf-8",
+    ids: Sequence[str] | None = None,
+) -> list[Tensor]:
+    """Deal as a CSV file says: header `id,party`, then a line for each row of the training source.
 
         id,party
         0,alice1
         1,alice0
 
-    Parties are alice0, alice1, ... Rows that are held out for validation stand in it too. `seed` changes nothing.
-    FileNotFoundError where there is no such file.
+    Parties are alice0, alice1, ... An id is one of `ids`, the rows' own in their order, which SplitData gives where the
+    source has them (`data=own_table`); else a row's place in the source, from 0 on. Rows that are held out for
+    validation stand in it too. `seed` changes nothing. FileNotFoundError where there is no such file.
     """
     _check_shards(labels, num_shards)
     path, alices = Path(path).expanduser(), {f"alice{i}": i for i in range(num_shards)}
+    places = None if ids is None else {name: i for i, name in enumerate(ids)}
     owners = [-1] * len(labels)
     lines: dict[int, str] = {}  # where each row stands
     for line, name, party in _read(path, encoding):
         where = f"{line}, id {name}"
-        row = int(name) if name.isascii() and name.isdecimal() and len(name) < 19 else -1
-        if not 0 <= row < len(labels):
-            raise ValueError(f"{where}: not among the source's rows 0 to {len(labels) - 1}; remove the line")
+        row = _place(name, len(labels)) if places is None else places.get(name)
+        if row is None:
+            require_one_spelling({**dict.fromkeys(places or [], "the source"), name: line}, "id", WHOLE)
+            known = f"the source's rows 0 to {len(labels) - 1}" if places is None else "the rows' own ids"
+            raise ValueError(f"{where}: not among {known}; remove the line")
         if row in lines:
             raise ValueError(
                 f"{where}: {lines[row].removeprefix(f'{path}, ')} deals it already, each row once; remove one line"
@@ -107,7 +119,7 @@ def by_file(labels: Tensor, num_shards: int, seed: int, path: str | Path, encodi
         if party not in alices:
             raise ValueError(f"{where}: `{party}` is not among alice0 to alice{num_shards - 1}; see `num_alices`")
         lines[row], owners[row] = line, alices[party]
-    _check_dealt(path, owners, num_shards)
+    _check_dealt(path, owners, num_shards, range(len(labels)) if ids is None else ids)
     dealt = torch.tensor(owners)
     return [(dealt == i).nonzero()[:, 0] for i in range(num_shards)]
 
@@ -197,8 +209,13 @@ def _read(path: Path, encoding: str) -> Iterator[tuple[str, str, str]]:
         yield where, name, party
 
 
-def _check_dealt(path: Path, owners: list[int], num_shards: int) -> None:
-    missing = [row for row, owner in enumerate(owners) if owner < 0]
+def _place(name: str, num_rows: int) -> int | None:
+    place = int(name) if name.isascii() and name.isdecimal() and len(name) < 19 else num_rows
+    return place if place < num_rows else None
+
+
+def _check_dealt(path: Path, owners: list[int], num_shards: int, ids: Sequence[object]) -> None:
+    missing = [name for name, owner in zip(ids, owners, strict=True) if owner < 0]
     if missing:
         few = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise ValueError(f"{path} has no line for {len(missing)} rows of the source, id {few}: give each row an owner")
