@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from helpers import BLOCKS, SEED, differences, make_rows, train
 from runs import make_learner, make_trainer
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision import transforms
 
 from splitlearn.data import Source, SplitData
@@ -146,6 +146,49 @@ def test_load_reads_tensors_at_once_and_others_one_by_one():
         assert torch.equal(loaded[0], x)
         assert torch.equal(loaded[1], y)
         assert (loaded[0].dtype, loaded[1].dtype) == (torch.uint8, torch.int64)
+
+
+class Shifted(TensorDataset):
+    """The most usual way to give a TensorDataset a transform."""
+
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return 2 * x + 1, (y + 1) % 3
+
+
+class Shorter(TensorDataset):
+    def __len__(self):
+        return 15
+
+
+class Attribute(OneByOne):
+    """Has `tensors` that are something else."""
+
+    def __init__(self, x, y):
+        super().__init__(x, y)
+        self.tensors = (torch.full_like(x, float("nan")), y)
+
+
+@pytest.mark.parametrize("kind", [Shifted, Shorter, Attribute])
+def test_a_data_set_with_its_own_items_gives_what_a_data_loader_reads_of_it(kind):
+    dataset = kind(*make_rows(20))
+    data = SplitData(Source(dataset, dataset, 3))
+    ((x, y),) = DataLoader(dataset, batch_size=20)
+    for rows in (data.rows, data.test_rows):
+        assert differences(rows.fields, {"x": x, "y": y}) == []
+        assert len(rows) == len(y)
+    with refuses("`data.standardise` (=True) cannot be, since these data are not held as tensors"):
+        SplitData(Source(dataset, None, 3), standardise=True)
+
+
+def test_of_a_data_set_with_its_own_items_these_are_compared_between_parties():
+    """Another transform over the same tensors is another data set."""
+    x, y = make_rows(20)
+
+    def told(dataset):
+        return SplitData(Source(dataset, None, 3)).alike["rows"]
+
+    assert told(Shifted(x, y)) == told(OneByOne(2 * x + 1, (y + 1) % 3)) != told(OneByOne(x, y))
 
 
 # TurnLoader and EvalLoader

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
-from splitlearn.data.rows import Checked
+from splitlearn.data.rows import Checked, tensors_of
 
 SAMPLED = 8  # rows of a data set that is too large, or too slow, to read as a whole
 
@@ -23,11 +23,11 @@ def digests(dataset: Dataset, where: str = "data") -> dict[str, str]:
     of eight of them: two versions of a decoder may give other pixels. Of any other data set eight rows count, if they
     are the same each time that they are read, and the labels if it has `targets`.
     """
-    tensors = getattr(dataset, "tensors", None)
+    tensors = tensors_of(dataset)
     if tensors is not None:
         x, labels = tensors[0], tensors[1]
         return {**_labels(labels), **_rows(_bytes(row) for row in torch.as_tensor(x))}
-    if isinstance(dataset, ImageFolder):
+    if isinstance(dataset, ImageFolder) and type(dataset).__getitem__ is ImageFolder.__getitem__:
         paths = [Path(path) for path, _ in dataset.samples]
         seen = {i: paths[i].read_bytes() for i in _some(len(paths))}
         named = (

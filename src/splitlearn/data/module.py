@@ -30,6 +30,7 @@ from splitlearn.data.rows import (
     in_dtype,
     load,
     moments,
+    tensors_of,
 )
 from splitlearn.data.sources import Source
 from splitlearn.errors import InputError
@@ -228,7 +229,7 @@ class SplitData(pl.LightningDataModule):
 
     def _require_finite_values(self, dataset: Dataset | None, where: str) -> None:
         """The same of what a source holds as tensors, but for columns that a file of one's own lacks."""
-        tensors = getattr(dataset, "tensors", None)
+        tensors = tensors_of(dataset)
         if tensors is None or not tensors[0].is_floating_point():
             return
         odd = ~torch.isfinite(tensors[0])
@@ -269,7 +270,7 @@ def _rows(
 
 
 def _moments(dataset: Dataset, ids: Tensor, mean: object) -> tuple[list[float], list[float]]:
-    tensors = getattr(dataset, "tensors", None)
+    tensors = tensors_of(dataset)
     if tensors is None or mean is not None:
         why = "these data are not held as tensors" if tensors is None else "`data.mean` is given too"
         raise ValueError(f"`data.standardise` (=True) cannot be, since {why}: give `data.mean` and `data.std` alone")

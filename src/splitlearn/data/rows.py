@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from splitlearn.errors import InputError
 from splitlearn.training.stopping import unblock
@@ -196,9 +196,21 @@ class Streamed:
         return {name: field for name, field in fields.items() if self.names is None or name in self.names}
 
 
+def tensors_of(dataset: Dataset | None) -> tuple[Tensor, ...] | None:
+    """Return x [N, ...] and labels [N] of a data set whose items are slices of them; None for any other.
+
+    One with a `__getitem__` of its own is another, e.g. a subclass of TensorDataset that adds a transform.
+    """
+    if not isinstance(dataset, TensorDataset) or len(dataset.tensors) != 2:
+        return None
+    own = type(dataset)
+    inherits = own.__getitem__ is TensorDataset.__getitem__ and own.__len__ is TensorDataset.__len__
+    return dataset.tensors if inherits else None
+
+
 def load(dataset: Dataset, where: str = "data") -> tuple[Tensor, Tensor]:
     """Read a whole map-style data set of (x, label) into tensors [N, ...] and [N] int64."""
-    tensors = getattr(dataset, "tensors", None)
+    tensors = tensors_of(dataset)
     if tensors is not None:
         return tensors[0], as_labels(tensors[1])
     rows = Checked(dataset, where)
