@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from helpers import BLOCKS, SEED, differences, make_rows, train
 from runs import make_learner, make_trainer
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision import transforms
 
@@ -502,6 +503,52 @@ def test_labels_out_of_range_are_refused(labels, low, high):
         f"labels run from {low} to {high}, outside 0..2: number classes from 0, or give the right `num_classes`"
     ):
         SplitData(Source(rows, rows, 3), val_fraction=0.0)
+
+
+IGNORED = torch.tensor([0, -100, 2])  # which CrossEntropyLoss leaves out, and MeanLoss and accuracy would count
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (IGNORED, "run from -100 to 2, outside 0..2: number classes from 0, or give the right `num_classes`"),
+        (torch.tensor([0, 1, 3]), "run from 0 to 3, outside 0..2: number classes from 0"),
+        (torch.tensor([0.0, 1.0, 2.0]), "are torch.float32: they must be whole numbers"),
+        (torch.zeros(3, 2, dtype=torch.int64), "have shape [3, 2]: they must be one whole number a row"),
+    ],
+)
+def test_labels_of_test_rows_are_checked_as_those_of_training_rows_are(labels, message):
+    x, good = torch.zeros(3, 1), torch.tensor([0, 1, 1])
+    for source, told in (
+        (Source(TensorDataset(x, labels), TensorDataset(x, good), 3), "labels"),
+        (Source(TensorDataset(x, good), TensorDataset(x, labels), 3), "labels of the test rows"),
+    ):
+        with pytest.raises(InputError, match=f"^{re.escape(f'{told} {message}')}"):
+            SplitData(source, val_fraction=0.0)
+
+
+def test_labels_of_streamed_test_rows_are_checked_when_they_are_known(tmp_path):
+    x, y = make_rows(20)
+    told, silent = OneByOne(*make_rows(3)), OneByOne(*make_rows(3))
+    told.y = told.targets = silent.y = IGNORED
+    why = "^labels of the test rows run from -100 to 2, outside 0..2: "
+    with pytest.raises(InputError, match=why):
+        SplitData(Source(TensorDataset(x, y), told, 3), in_memory=False)
+    data = SplitData(Source(TensorDataset(x, y), silent, 3), in_memory=False)
+    with pytest.raises(InputError, match=why):
+        make_trainer(tmp_path).test(make_learner(data), datamodule=data)
+
+
+def test_a_class_may_occur_in_the_test_rows_alone(tmp_path):
+    x, y = make_rows(20)
+    data = SplitData(Source(TensorDataset(x, y % 2), TensorDataset(x[:3], torch.tensor([2, 0, 2])), 3))
+    learner = make_learner(data)
+    (tested,) = make_trainer(tmp_path).test(learner, datamodule=data, verbose=False)
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(
+            nn.Sequential(*learner.network.segments.values()).eval()(x[:3]), torch.tensor([2, 0, 2])
+        )
+    assert tested["test/loss"] == expected.item()
 
 
 def test_owners_of_columns_train_on_all_rows_at_once():

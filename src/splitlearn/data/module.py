@@ -110,9 +110,12 @@ class SplitData(pl.LightningDataModule):
         prepare = Normalise(mean, std, self.columns)
         held = (prepare, in_memory, num_workers, source.num_classes)
         self.rows = _rows(source.train, "data", *held)
-        self.test_rows = self.rows if source.test is None else _rows(source.test, "test rows", *held)
+        self.labels = _labels(self.rows, source.train, source.num_classes, "data")
+        self.test_rows = self.rows
+        if source.test is not None:
+            self.test_rows = _rows(source.test, "test rows", *held)
+            _labels(self.test_rows, source.test, source.num_classes, "test rows")
         self.test_ids = test_ids if source.test is None else torch.arange(len(self.test_rows))
-        self.labels = _labels(self.rows, source.train, source.num_classes)
         _check_partition(partition, num_columns)
         named = {"ids": self.names} if self.ids is not None and _deals(partition) is by_file else {}
         deal: Callable[..., list[Tensor]] = partial(partition, **named)
@@ -303,15 +306,15 @@ def _deals(partition: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]
     return getattr(partition, "func", partition)
 
 
-def _labels(rows: Rows, dataset: Dataset, num_classes: int) -> Tensor:
-    """The label of every row [N], -1 if only reading it would tell; raises ValueError for one that is out of range."""
+def _labels(rows: Rows, dataset: Dataset, num_classes: int, where: str) -> Tensor:
+    """The label of every row [N], -1 if only reading it would tell; raises InputError for one that is out of range."""
     if isinstance(rows, InMemory):
         labels = rows.fields["y"]
     elif hasattr(dataset, "targets"):
-        labels = as_labels(torch.as_tensor(dataset.targets))
+        labels = as_labels(torch.as_tensor(dataset.targets), where)
     else:
         return torch.full((len(rows),), -1)
-    check_range(labels, num_classes)
+    check_range(labels, num_classes, where)
     return labels
 
 

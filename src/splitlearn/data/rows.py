@@ -150,7 +150,7 @@ class Streamed:
         num_classes: int | None = None,
         where: str = "data",
     ) -> None:
-        self.num_classes = num_classes  # by which labels are checked when they are read
+        self.num_classes, self.where = num_classes, where  # by which labels are checked when they are read
         self.dataset, self.prepare, self.num_workers = Checked(dataset, where), prepare, num_workers
         self.names: Collection[str] | None = None  # None: all
         self.dtype = torch.float32
@@ -175,7 +175,7 @@ class Streamed:
             self.dataset,
             batch_sampler=[rows.tolist() for rows, wants in zip(batches, wanted, strict=True) if wants],
             num_workers=self.num_workers,
-            collate_fn=partial(_collate, num_classes=self.num_classes),
+            collate_fn=partial(_collate, num_classes=self.num_classes, where=self.where),
             multiprocessing_context=multiprocessing.get_all_start_methods()[0] if self.num_workers else None,
             worker_init_fn=unblock,  # else a worker would not end by SIGTERM, and be waited for
             pin_memory=device.type == "cuda",
@@ -191,7 +191,7 @@ class Streamed:
     def _fields(self, x: Tensor, y: Tensor, device: torch.device) -> Fields:
         fields = {
             **in_dtype(self.prepare(x.to(device, non_blocking=True)), self.dtype),
-            "y": as_labels(y.to(device, non_blocking=True)),
+            "y": as_labels(y.to(device, non_blocking=True), self.where),
         }
         return {name: field for name, field in fields.items() if self.names is None or name in self.names}
 
@@ -212,35 +212,43 @@ def load(dataset: Dataset, where: str = "data") -> tuple[Tensor, Tensor]:
     """Read a whole map-style data set of (x, label) into tensors [N, ...] and [N] int64."""
     tensors = tensors_of(dataset)
     if tensors is not None:
-        return tensors[0], as_labels(tensors[1])
+        return tensors[0], as_labels(tensors[1], where)
     rows = Checked(dataset, where)
     xs, ys = zip(*(rows[i] for i in range(len(rows))), strict=True)
-    return torch.stack(xs), as_labels(torch.as_tensor(ys))
+    return torch.stack(xs), as_labels(torch.as_tensor(ys), where)
 
 
-def _collate(items: list[tuple[Tensor, Any]], num_classes: int | None) -> Any:
+def _collate(items: list[tuple[Tensor, Any]], num_classes: int | None, where: str) -> Any:
     x, y = default_collate(items)
     if num_classes is not None:
-        check_range(as_labels(y), num_classes)
+        check_range(as_labels(y, where), num_classes, where)
     return x, y
 
 
-def check_range(labels: Tensor, num_classes: int) -> None:
+def check_range(labels: Tensor, num_classes: int, where: str = "data") -> None:
     """Raises InputError unless labels [N] lie in 0..num_classes-1."""
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise InputError(
-            f"labels run from {int(labels.min())} to {int(labels.max())}, outside 0..{num_classes - 1}: "
+            f"{_labels_of(where)} run from {int(labels.min())} to {int(labels.max())}, outside 0..{num_classes - 1}: "
             "number classes from 0, or give the right `num_classes`"
         )
 
 
-def as_labels(y: Tensor) -> Tensor:
+def as_labels(y: Tensor, where: str = "data") -> Tensor:
     """Return labels [N] int64 of [N] or [N, 1]; InputError for others, and for those that are no whole numbers."""
     if y.ndim != 1 and (y.ndim != 2 or y.shape[1] != 1):
-        raise InputError(f"labels have shape {list(y.shape)}: they must be one whole number a row, [N] or [N, 1]")
+        raise InputError(
+            f"{_labels_of(where)} have shape {list(y.shape)}: they must be one whole number a row, [N] or [N, 1]"
+        )
     if y.is_floating_point() or y.is_complex():
-        raise InputError(f"labels are {y.dtype}: they must be whole numbers that count classes, e.g. by `.long()`")
+        raise InputError(
+            f"{_labels_of(where)} are {y.dtype}: they must be whole numbers that count classes, e.g. by `.long()`"
+        )
     return y.flatten().long()
+
+
+def _labels_of(where: str) -> str:
+    return "labels" if where == "data" else f"labels of the {where}"
 
 
 def in_dtype(fields: Fields, dtype: torch.dtype) -> Fields:
