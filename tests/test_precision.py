@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from splitlearn.data import Source, SplitData
+from splitlearn.data.rows import InMemory, Normalise
 
 BFLOAT16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 FLOAT16 = partial(torch.autocast, "cpu", dtype=torch.float16)
@@ -48,6 +49,24 @@ def test_64_true_trains_in_double(tmp_path):
     data.rows.fields["x"] = make_rows(39)[0].double()
     assert difference(weights(learner), by_hand(model=net().double(), data=data)[0]) == []
     assert learner.ledger.table()["alice0->bob"] == {"activation": 2 * 39 * 10 * 8}
+
+
+def test_a_run_of_fewer_bits_takes_none_from_the_next(tmp_path):
+    """Each run on rows that others were trained on equals the run on rows of its own, in whatever order they come."""
+    data = make_data()
+    for i, precision in enumerate(("32-true", "bf16-true", "32-true", "64-true", "32-true", "64-true")):
+        used, _ = fit(tmp_path / f"{i}a", data=data, trainer={"precision": precision})
+        own, _ = fit(tmp_path / f"{i}b", trainer={"precision": precision})
+        assert difference(weights(used), weights(own)) == []
+
+
+def test_rows_are_held_twice_only_where_the_trainer_has_another_type():
+    rows, cpu = InMemory(*make_rows(3), Normalise()), torch.device("cpu")
+    held = rows.fields["x"].data_ptr()
+    for dtype, copies in ((torch.float32, 1), (torch.bfloat16, 2), (torch.float32, 1)):
+        rows.place(dtype, cpu)
+        assert len({held, rows.as_read["x"].data_ptr(), rows.fields["x"].data_ptr()}) == copies
+        assert rows.fields["y"] is rows.as_read["y"]
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

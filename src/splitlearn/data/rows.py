@@ -77,7 +77,8 @@ class InMemory:
     def __init__(self, x: Tensor, y: Tensor, prepare: Prepare) -> None:
         if len(x) != len(y):
             raise ValueError(f"{len(x)} inputs and {len(y)} labels: every row must have both")
-        self.fields: Fields = {**prepare(x), "y": y}
+        self.fields: Fields = {**prepare(x), "y": y}  # as the trainer at hand takes them
+        self.as_read = self.fields  # a trainer of more bits may come after one of fewer
         self.num_rows = len(y)
         self.places: Tensor | None = None  # of each row among those kept, -1 where it is not; None: all are kept
 
@@ -85,15 +86,18 @@ class InMemory:
         return self.num_rows
 
     def keep(self, names: Collection[str], ids: Tensor | None = None) -> None:
-        self.fields = {
-            name: field if ids is None else field[ids] for name, field in self.fields.items() if name in names
+        self.fields = self.as_read = {
+            name: field if ids is None else field[ids] for name, field in self.as_read.items() if name in names
         }
         if ids is not None:
             self.places = torch.full((self.num_rows,), -1)
             self.places[ids] = torch.arange(len(ids))
 
     def place(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.fields = {name: field.to(device) for name, field in in_dtype(self.fields, dtype).items()}
+        placed = {name: field.to(device) for name, field in in_dtype(self.as_read, dtype).items()}
+        if all(placed[name].dtype == field.dtype for name, field in self.as_read.items()):
+            self.as_read = placed  # no second copy where no bit is lost
+        self.fields = placed
 
     def stream(self, batches: Iterable[Tensor], device: torch.device) -> Iterator[Fields]:
         for rows in batches:
