@@ -295,14 +295,14 @@ class Stateful(nn.Module):
         self.counted = self.counted + 1
         self.seen = x.detach()
         scales = {
-            "attribute": float(self.count),
-            "numpy": float(np.random.rand()),
-            "random": random.random(),
-            "buffer": self.counted,
-            "torch": torch.rand(()),
-            "nothing": 1.0,
+            "attribute": lambda: self.count,
+            "numpy": lambda: float(np.random.rand()),
+            "random": random.random,
+            "buffer": lambda: self.counted,
+            "torch": lambda: torch.rand(()),
+            "nothing": lambda: 1.0,
         }
-        return self.linear(x) * scales[self.kind]
+        return self.linear(x) * scales[self.kind]()
 
 
 @pytest.mark.parametrize("kind", ["attribute", "numpy", "random"])
