@@ -64,7 +64,8 @@ SPELLINGS = [
     ("' 1.0 '", "1", "1", "' 1.0 '"),
     ("not ill", "not  ill", "not  ill", "not ill"),
     ("not ill", "not\u00a0ill", "not\\xa0ill", "not ill"),
-    ("ill", "i\u200bll", "i\\u200bll", "ill"),
+    ("ill", "\u200bill", "\\u200bill", "ill"),
+    ("ill", "ill \u200b", "ill \\u200b", "ill"),
 ]
 
 

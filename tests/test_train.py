@@ -294,6 +294,25 @@ def test_weights_alone_start_a_run_that_is_otherwise_free(checkpoint, configure,
         train(configure("logger=none", "engine=processes", f"weights={checkpoint}"))
 
 
+def test_weights_start_nothing_for_other_columns_or_classes(configure, tmp_path):
+    """Of the same shapes: they would take one column for another, or name a class by another's."""
+    rows = [f"{i},{i % 7},{('ill', 'well')[i % 3 == 0]}" for i in range(40)]
+    tables = {
+        "same": "\n".join(["a,b,label", *rows]),
+        "columns": "\n".join(["b,a,label", *rows]),
+        "classes": "\n".join(["a,b,label", *rows]).replace("ill", "zill"),
+    }
+    for name, text in tables.items():
+        (tmp_path / f"{name}.csv").write_text(text)
+    asked = (*QUICK, "data=table", "data.label=label", "model.hidden_sizes=[4]", "layout.cut=1")
+    train(configure(*asked, f"data.root={tmp_path}/same.csv", f"output_dir={tmp_path}/first"))
+    weights = f"weights={tmp_path}/first/checkpoints/last.ckpt"
+    train(configure(*asked, f"data.root={tmp_path}/same.csv", weights))
+    for name, theirs, ours in (("columns", "a, b", "b, a"), ("classes", "ill, well", "well, zill")):
+        with refuses(InputError, "`weights`", f"were trained for other `data.{name}`, {theirs}, than {ours}"):
+            train(configure(*asked, f"data.root={tmp_path}/{name}.csv", weights))
+
+
 def test_weights_of_each_alice_start_nothing(configure, tmp_path):
     train(configure(*QUICK, "schedule=splitfed_v3", "num_alices=2"))
     with refuses(InputError, "`weights`", "has weights of each Alice"):

@@ -79,7 +79,7 @@ def build(cfg: DictConfig, wire: Wire | None = None) -> Run:
     if cfg.weights is not None:
         # Lightning converts it later, when half of the bits of doubles would be gone.
         trainer.precision_plugin.convert_module(learner)
-        start_from(cfg.weights, network)
+        start_from(cfg.weights, network, data.meaning)
     return Run(data, learner, trainer)
 
 

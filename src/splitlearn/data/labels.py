@@ -61,7 +61,7 @@ def require_one_spelling(places: Mapping[str, str], what: str, numbers: re.Patte
 def warn_of_case(places: Mapping[str, str], what: str) -> None:
     """Warn of texts that differ in upper and lower case alone: of the first pair, and how many more there are."""
     first: dict[str, str] = {}
-    pairs = [(text, other) for text in places if (other := first.setdefault(text.casefold(), text)) != text]
+    pairs = [(text, other) for text in places if (other := first.setdefault(_bare(text).casefold(), text)) != text]
     if pairs:
         text, other = pairs[0]
         rule = f"differs from `{other}` of {places[other]} in upper and lower case alone"
@@ -73,9 +73,9 @@ def _bare(text: str) -> str:
     """Return the text composed, with single blanks, without what is not seen and without quotes around it."""
     if text.isascii() and text.isalnum():  # as most of a million ids are
         return text
-    text = " ".join(normalize("NFC", text).split())
     if not text.isprintable():
         text = "".join(character for character in text if category(character) != "Cf")
+    text = " ".join(normalize("NFC", text).split())
     while len(text) > 1 and text[0] in QUOTES and text[-1] in QUOTES:
         text = text[1:-1].strip()
     return text

@@ -14,7 +14,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from splitlearn.errors import InputError, told_if_full
+from splitlearn.errors import InputError, outside, told_if_full
 from splitlearn.network import SplitNetwork
 from splitlearn.training.checks import check_mode
 
@@ -52,12 +52,20 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def start_from(path: str, network: SplitNetwork) -> None:
+def start_from(path: str, network: SplitNetwork, meaning: Mapping[str, str]) -> None:
     """Give `network` the weights of a checkpoint and nothing else of it, wherever its network was cut.
 
-    Raises InputError, with the names, for weights that do not fit, and where they are those of one Alice alone.
+    Raises InputError, with the names, for weights that do not fit, where they are those of one Alice alone, and where
+    the `meaning` of inputs and outputs was another: names of columns and classes, in order.
     """
     checkpoint = SafeCheckpointIO().load_checkpoint(path)
+    for what, ours in meaning.items():
+        theirs = checkpoint["splitlearn"]["kind"].get(what, ours)
+        if theirs != ours:
+            raise InputError(
+                f"`weights` (={path}) were trained for other `{what}`, {outside(theirs)}, than {outside(ours)}: bring "
+                "them into the order and names of there"
+            )
     sharings = checkpoint["splitlearn"]["rounds"]["sharings"].values()
     if any(sharing.get("own") or sharing.get("start") for sharing in sharings):
         raise InputError(
