@@ -511,7 +511,7 @@ MEAN = {"alice": MeanGradient(), "bob": MeanGradient(), "turn": "step"}
 LARGE = {"alice": MeanGradient(), "turn": "step"}
 
 
-def at_once(run, rows, make, personal=False, model=net, cut=2):
+def at_once(run, rows, make, personal=False, model=net, cut=2, uniform=False, **loss):
     """In each step every Alice from the same net, then one step by the mean gradient; bottoms may be personal."""
     x, y = rows
     one, takers = model(), list(run.data.shards)
@@ -525,9 +525,9 @@ def at_once(run, rows, make, personal=False, model=net, cut=2):
             for taker, ids in step.batches.items():
                 copies[taker].train().zero_grad()
                 blocks = zip(BLOCKS, copies[taker], strict=True)
-                nn.functional.cross_entropy(run_blocks(blocks, x[ids], (epoch, place)), y[ids]).backward()
+                nn.functional.cross_entropy(run_blocks(blocks, x[ids], (epoch, place)), y[ids], **loss).backward()
                 place += 1
-            sizes = [len(ids) for ids in step.batches.values()]
+            sizes = [1 if uniform else len(ids) for ids in step.batches.values()]
             gradients = [dict(enumerate(p.grad for p in own.parameters())) for own in copies.values()]
             mean, buffers = (
                 mean_of(gradients, sizes),
@@ -566,6 +566,17 @@ def test_parallel_with_personal_bottoms_equals_one_written_by_hand(make):
     schedule = {"alice": Personal(), "bob": MeanGradient(), "turn": "step"}
     run = five_alices(two_party(BLOCKS, 2), **{**FEW, "make": make}, schedule=schedule)
     one, bottoms = at_once(run, make_rows(25), make, personal=True)
+    top = one[2:].state_dict()
+    assert differences({name: run.weights[name] for name in top}, top) == []
+    for taker, weights in own_weights(run).items():
+        assert differences(weights, bottoms[taker].state_dict()) == []
+
+
+@pytest.mark.parametrize("loss", [{}, {"weight": torch.tensor([1.0, 5.0, 0.25])}, {"reduction": "sum"}], ids=str)
+def test_under_a_uniform_mean_a_personal_bottom_steps_by_her_own_loss_whatever_it_divides_by(loss):
+    schedule = {"alice": Personal(), "bob": MeanGradient("uniform"), "turn": "step"}
+    run = five_alices(two_party(BLOCKS, 2), **FEW, schedule=schedule, loss=loss)
+    one, bottoms = at_once(run, make_rows(25), ADAM, personal=True, uniform=True, **loss)
     top = one[2:].state_dict()
     assert differences({name: run.weights[name] for name in top}, top) == []
     for taker, weights in own_weights(run).items():

@@ -1,5 +1,7 @@
 """A loss over all rows is the loss of all rows at once, whatever it divides by; one that does not fit is one line."""
 
+import re
+
 import pytest
 import torch
 from federated import run_tiny, source
@@ -12,8 +14,9 @@ from splitlearn.federation.remote_wire import RemoteWire
 from splitlearn.layout import two_party, u_shaped
 from splitlearn.learner import SplitLearner
 from splitlearn.network import Batch
-from splitlearn.schedules.aggregation import MeanGradient
+from splitlearn.schedules.aggregation import Average, MeanGradient
 from splitlearn.schedules.schedule import Schedule
+from splitlearn.schedules.sharing import Personal
 from splitlearn.train import train
 from splitlearn.training.losses import MeanLoss
 
@@ -69,8 +72,8 @@ class Constant(nn.Module):
         return torch.zeros(())
 
 
-def learner(loss: nn.Module, layout=TWO, alice=None, **settings) -> SplitLearner:
-    turns = {"turn": "step", "alice": alice, "bob": MeanGradient()} if alice else {}
+def learner(loss: nn.Module, layout=TWO, alice=None, bob=None, **settings) -> SplitLearner:
+    turns = {"turn": "step", "alice": alice, "bob": bob or MeanGradient()} if alice else {}
     schedule = Schedule(("alice0", "alice1"), **turns)
     sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1)  # noqa: E731
     return SplitLearner(make_network(layout, net()), schedule, sgd, loss, 3, **settings)
@@ -128,6 +131,43 @@ def test_a_loss_of_ones_own_is_put_together_by_what_it_divides_by():
     assert sum(len(batch.ids) * own.share(alice, step) for alice, batch in step.items()) == pytest.approx(5)
     value = torch.tensor(2.0)
     assert own.join([value], [own.weight_of(y)]).total == 2 * WEIGHT[y].sum()
+
+
+SUM = nn.CrossEntropyLoss(reduction="sum")
+ONE_SIDED = r"`loss` \(=CrossEntropyLoss\) {} all roles must take the mean of gradients by samples or none, not {}"
+
+
+@pytest.mark.parametrize(
+    ("loss", "alice", "bob", "does", "cure"),
+    [
+        (SUM, Personal(), MeanGradient(), "adds up", "bob"),
+        (nn.CrossEntropyLoss(WEIGHT), Personal(), MeanGradient(), "weighs labels", "bob"),
+        (nn.CrossEntropyLoss(ignore_index=2), Average(), MeanGradient(), "weighs labels", "bob"),
+        (SUM, MeanGradient(), Average(), "adds up", "alice"),
+        (SUM, MeanGradient(), MeanGradient("uniform"), "adds up", "alice"),
+    ],
+)
+def test_what_must_be_shared_out_for_one_role_alone_is_refused(loss, alice, bob, does, cure):
+    """The multiple of her loss that is right for the mean over all rows is not her own loss, by which she steps."""
+    told = re.escape(f"`schedule.alice` (={alice}) and `schedule.bob` (={bob}): take a loss that is a mean over rows, ")
+    with pytest.raises(ValueError, match=ONE_SIDED.format(f"{does}, so that", f"{told}or schedule.{cure}.weighting")):
+        learner(loss, alice=alice, bob=bob)
+    uniform = MeanGradient("uniform")
+    learner(loss, alice=uniform if cure == "alice" else alice, bob=uniform if cure == "bob" else bob)
+
+
+def test_so_is_a_loss_of_ones_own_at_the_first_labels_that_it_weighs():
+    """Where all labels weigh the same, and where it is a mean over rows, there is nothing to share out."""
+    step = {
+        a: Batch(torch.arange(2), {"y": torch.tensor(y)}, (0, 0)) for a, y in (("alice0", [0, 1]), ("alice1", [1, 0]))
+    }
+    other = {**step, "alice1": Batch(torch.arange(2), {"y": torch.tensor([2, 2])}, (0, 0))}
+    schedule = Schedule(("alice0", "alice1"), alice=Personal(), bob=MeanGradient(), turn="step")
+    for loss in (Told(), Weighted()):
+        assert [MeanLoss(loss, schedule, TWO).share(alice, step) for alice in step] == [1, 1]
+    assert MeanLoss(Told(), schedule, TWO).share("alice0", other) == 1
+    with pytest.raises(InputError, match=r"`loss` \(=Weighted\) weighs labels, so that all roles must"):
+        MeanLoss(Weighted(), schedule, TWO).share("alice0", other)
 
 
 @pytest.mark.parametrize("told", [3, {"alice0": "x"}, {"alice0": [1.0, float("nan")]}, {"alice0": [True]}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
+from splitlearn.errors import InputError
 from splitlearn.layout import Layout, Party
 from splitlearn.network import Batch
 from splitlearn.schedules.aggregation import MeanGradient
 from splitlearn.schedules.schedule import Schedule
+from splitlearn.schedules.sharing import Sharing
 
 Weight = int | Tensor
 
@@ -38,14 +41,19 @@ class MeanLoss:
         schedule, layout: whose gradients are averaged, and who knows the labels.
         micro_batches: parts of a mini-batch.
 
-    Raises ValueError where gradients would be put together by weights that nobody knows.
+    Raises ValueError where gradients would be put together by weights that nobody knows, or where one multiple of the
+    loss would have to serve a role that takes their mean by samples and one that does not.
     """
 
     def __init__(self, module: nn.Module, schedule: Schedule, layout: Layout, micro_batches: int = 1) -> None:
         self.module = module
         self.adds_up = getattr(module, "reduction", "mean") == "sum"
-        sharings = [sharing for sharing in (schedule.alice, schedule.bob) if isinstance(sharing, MeanGradient)]
-        self.joins = len(schedule.takers) > 1 and any(sharing.weighting == "samples" for sharing in sharings)
+        self.sharings: dict[str, Sharing] = {"alice": schedule.alice, "bob": schedule.bob}
+        if {*layout.roles} == {"alice"}:
+            del self.sharings["bob"]
+        self.by_samples = [role for role, sharing in self.sharings.items() if _by_samples(sharing)]
+        self.joins = len(schedule.takers) > 1 and bool(self.by_samples)
+        self.one_sided = self.joins and len(self.by_samples) < len(self.sharings)
         self._check(layout, micro_batches)
 
     def weight_of(self, labels: Tensor) -> Weight:
@@ -85,6 +93,8 @@ class MeanLoss:
         """By what her loss is multiplied, so that the mean of gradients by samples is the gradient of the whole step.
 
         `step` are the mini-batches of all who take part in it.
+
+        Raises InputError where a loss of one's own, of which only its `weight_of` knows, cannot be shared out so.
         """
         if not self.joins or len(step) == 1 or not (self.adds_up or self._weighs or hasattr(self.module, "weight_of")):
             return 1
@@ -93,7 +103,10 @@ class MeanLoss:
         if self.adds_up:
             return mean_rows
         weights = {party: self.weight_of(batch.fields["y"]) for party, batch in step.items()}
-        return mean_rows * weights[alice] / sum(weights.values())
+        share = mean_rows * weights[alice] / sum(weights.values())
+        if self.one_sided and not math.isclose(share, 1, rel_tol=1e-5):
+            raise InputError(self._one_sided())
+        return share
 
     @property
     def _weighs(self) -> bool:
@@ -119,3 +132,18 @@ class MeanLoss:
                 f"`loss` (={name}) weighs labels that only each Alice knows, and the schedule takes the mean of their "
                 "gradients: take a layout in which bob has the labels, or weighting=uniform"
             )
+        if self.one_sided and (self.adds_up or self._weighs):
+            raise ValueError(self._one_sided())
+
+    def _one_sided(self) -> str:
+        does = "adds up" if self.adds_up else "weighs labels"
+        told = " and ".join(f"`schedule.{role}` (={sharing})" for role, sharing in self.sharings.items())
+        return (
+            f"`loss` (={type(self.module).__name__}) {does}, so that all roles must take the mean of gradients by "
+            f"samples or none, not {told}: take a loss that is a mean over rows, or "
+            f"schedule.{self.by_samples[0]}.weighting=uniform"
+        )
+
+
+def _by_samples(sharing: Sharing) -> bool:
+    return isinstance(sharing, MeanGradient) and sharing.weighting == "samples"
