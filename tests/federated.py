@@ -17,7 +17,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from helpers import make_rows, net, smooth
+from helpers import make_rows, net, routed, smooth
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -51,6 +51,11 @@ def tiny(num_classes: int) -> nn.Sequential:
 def plain(num_classes: int) -> nn.Sequential:
     """Without what depends on the mini-batch."""
     return smooth()
+
+
+def experts(num_classes: int) -> nn.Sequential:
+    """With layers that few rows come through."""
+    return routed()
 
 
 class Drifting(nn.Module):

@@ -51,6 +51,28 @@ def smooth() -> nn.Sequential:
     return nn.Sequential(OrderedDict(blocks))
 
 
+class Routed(nn.Module):
+    """Sends few rows through a layer, which in most mini-batches has no gradient, as an expert of a mixture."""
+
+    def __init__(self, width: int, above: float) -> None:
+        super().__init__()
+        self.layer, self.above = nn.Linear(width, width), above
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x[:, :1] > self.above
+        if self.training and not chosen.any():
+            return x
+        return torch.where(chosen, x + self.layer(x), x)
+
+
+def routed() -> nn.Sequential:
+    """`smooth` with a layer in `block2` and one in `head` that few rows come through."""
+    model = smooth()
+    model.block2.insert(1, Routed(48, 0.6))
+    model.head = nn.Sequential(Routed(7, 0.5), model.head)
+    return model
+
+
 def dealt(*sizes: int) -> Callable[..., list[Tensor]]:
     """A partition into shards of these sizes."""
     return lambda labels, num_shards, seed: list(torch.arange(len(labels)).split(sizes))

@@ -26,6 +26,7 @@ from helpers import (
     make_rows,
     net,
     plainly,
+    routed,
     run_blocks,
     smooth,
     train,
@@ -318,15 +319,21 @@ CUTS = (two_party(BLOCKS, 1), two_party(BLOCKS, 3), u_shaped(BLOCKS, [1, 3]), mu
 
 
 def mean_of(states, weights):
-    """The weighted mean of the tensors of some parties, in double precision; of counts the largest."""
+    """The weighted mean of the tensors of some parties, in double precision; of counts the largest.
+
+    Who lacks one that another has counts as zeros.
+    """
+
+    weights = list(weights)
 
     def mean(name):
-        values = [state[name] for state in states]
-        if name == "step" or not values[0].is_floating_point():
-            return torch.stack(values).amax(0)
-        return (sum(w * v.double() for w, v in zip(weights, values, strict=True)) / sum(weights)).to(values[0].dtype)
+        values = {i: state[name] for i, state in enumerate(states) if name in state}
+        first = next(iter(values.values()))
+        if name == "step" or not first.is_floating_point():
+            return torch.stack([*values.values()]).amax(0)
+        return (sum(weights[i] * value.double() for i, value in values.items()) / sum(weights)).to(first.dtype)
 
-    return {name: mean(name) for name in states[0]}
+    return {name: mean(name) for name in dict.fromkeys(name for state in states for name in state)}
 
 
 class Side:
@@ -528,13 +535,15 @@ def at_once(run, rows, make, personal=False, model=net, cut=2, uniform=False, **
                 nn.functional.cross_entropy(run_blocks(blocks, x[ids], (epoch, place)), y[ids], **loss).backward()
                 place += 1
             sizes = [1 if uniform else len(ids) for ids in step.batches.values()]
-            gradients = [dict(enumerate(p.grad for p in own.parameters())) for own in copies.values()]
+            gradients = [
+                {i: p.grad for i, p in enumerate(own.parameters()) if p.grad is not None} for own in copies.values()
+            ]
             mean, buffers = (
                 mean_of(gradients, sizes),
                 mean_of([dict(own.named_buffers()) for own in copies.values()], sizes),
             )
             for i, parameter in enumerate(one.parameters()):
-                parameter.grad = mean[i]
+                parameter.grad = mean.get(i)  # torch passes over a parameter that has none
             for buffer, new in zip(one.buffers(), buffers.values(), strict=True):
                 buffer.copy_(new)
             top.step()
@@ -572,6 +581,23 @@ def test_parallel_with_personal_bottoms_equals_one_written_by_hand(make):
         assert differences(weights, bottoms[taker].state_dict()) == []
 
 
+def test_a_parameter_of_which_nobody_has_a_gradient_is_passed_over():
+    """By Adam's moments, its count of steps and weight decay alike: parallel equals copies, and one large batch."""
+    run = five_alices(two_party(BLOCKS, 2), model=routed(), **FEW, schedule=MEAN)
+    one, _ = at_once(run, make_rows(25), ADAM, model=routed)
+    assert differences(run.weights, one.state_dict()) == []
+    steps = {
+        name.split(".", 1)[1]: int(run.learner.stepper.optimizers[role].state[parameter]["step"])
+        for role, weights in run.learner.rounds.weights.items()
+        for name, parameter in weights.trained.items()
+    }
+    assert [steps[name] for name in ("block2.2.weight", "block3.weight")] == [6, 6]
+    assert 0 < steps["block2.1.layer.weight"] < 6
+    assert 0 < steps["head.0.layer.weight"] < 6
+    precise = in_double(two_party(BLOCKS, 2), ADAM, MEAN, UNEQUAL, model=routed)
+    assert distance(precise.weights, centralised(precise, ADAM, model=routed)) < 1e-12
+
+
 @pytest.mark.parametrize("loss", [{}, {"weight": torch.tensor([1.0, 5.0, 0.25])}, {"reduction": "sum"}], ids=str)
 def test_under_a_uniform_mean_a_personal_bottom_steps_by_her_own_loss_whatever_it_divides_by(loss):
     schedule = {"alice": Personal(), "bob": MeanGradient("uniform"), "turn": "step"}
@@ -583,17 +609,17 @@ def test_under_a_uniform_mean_a_personal_bottom_steps_by_her_own_loss_whatever_i
         assert differences(weights, bottoms[taker].state_dict()) == []
 
 
-def in_double(layout, make, schedule, data, **more):
+def in_double(layout, make, schedule, data, model=smooth, **more):
     """Train in double precision, where what rounding leaves is far below what a mistake would."""
     double = {"precision": "64-true"}
-    return five_alices(layout, smooth(), make=make, schedule=schedule, data=data, trainer=double, **more)
+    return five_alices(layout, model(), make=make, schedule=schedule, data=data, trainer=double, **more)
 
 
-def centralised(run, make, **loss):
+def centralised(run, make, model=smooth, **loss):
     """One net on the rows of all Alices of a step at once."""
     criterion = nn.CrossEntropyLoss(**loss).double()
     x, y = make_rows(25)
-    model = smooth().double()
+    model = model().double()
     optimizer = make(model.parameters())
     for step in (step for steps in run.steps for step in steps):
         ids = torch.cat(list(step.batches.values()))

@@ -50,6 +50,10 @@ MORE = {
         ["bob", "server"],
     ),
     "what stands twice, averaged": (["model._target_=federated.tied", "schedule=splitfed_v1"], ["bob", "server"]),
+    "parallel, layers without a gradient": (
+        ["model._target_=federated.experts", "schedule=parallel"],
+        ["bob", "server"],
+    ),
     "vertical, columns": (
         ["layout=vertical", "num_alices=2", "partition=columns", "data.columns=[[0,1,5],[2,3,4]]"],
         ["bob", "alice0", "alice1"],

@@ -88,6 +88,22 @@ def test_every_round_begins_anew():
         assert (written["a"].item(), written["n"].item()) == (value, count)
 
 
+def test_what_nobody_has_sent_has_no_mean_and_what_one_has_not_sent_is_zero(tmp_path):
+    """Also behind a round in which it had one, and behind a checkpoint of the next."""
+    mean, resumed = WeightedMean(), WeightedMean()
+    mean.add({"a": torch.tensor([3.0]), "b": torch.tensor([1.0]), "n": torch.tensor(7)}, 1)
+    mean.add({"a": torch.tensor([3.0])}, 2)
+    assert {name: tensor.item() for name, tensor in mean.take().items()} == {
+        "a": 3.0,
+        "b": pytest.approx(1 / 3),
+        "n": 7,
+    }
+    mean.add({"a": torch.tensor([5.0])}, 3)
+    torch.save(mean.state_dict(), tmp_path / "ckpt")
+    resumed.load_state_dict(torch.load(tmp_path / "ckpt", weights_only=True))
+    assert mean.take() == resumed.take() == {"a": torch.tensor([5.0])}
+
+
 def test_what_is_sent_is_not_changed_and_not_held():
     sent = {"a": torch.tensor([1.0]), "n": torch.tensor(4)}
     mean = WeightedMean()

@@ -16,11 +16,13 @@ class WeightedMean:
 
     Sums are float64, which holds the product of a float32 and a number of samples exactly, so that in float32 nothing
     is left of the order of arrival unless what arrives all but cancels out. Counters (whole numbers, and an optimizer's
-    step count) are not averaged: the largest stays.
+    step count) are not averaged: the largest stays. Who sends nothing by a name has sent zeros, unless nobody has: what
+    nobody has sent since the last mean has none.
     """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
+        self.zeros: dict[str, Tensor] = {}  # for the next sums: to make them anew each time costs more than to add
         self.dtypes: dict[str, torch.dtype] = {}  # of what was added
         self.total = 0.0
 
@@ -39,10 +41,9 @@ class WeightedMean:
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the mean of what was added into tensors of the same names, in their dtypes, and begin anew."""
         for name, tensor in tensors.items():
-            tensor.copy_(self.sums.pop(name) if _counts(name, tensor) else self.sums[name].div_(self.total))
-        for sum_ in self.sums.values():  # kept: to make them anew each time costs more than to add
-            sum_.zero_()
-        self.total = 0.0
+            tensor.copy_(self.sums[name] if _counts(name, tensor) else self.sums[name].div_(self.total))
+        self.zeros |= {name: sum_.zero_() for name, sum_ in self.sums.items() if not _counts(name, sum_)}
+        self.sums, self.total = {}, 0.0
 
     def take(self) -> dict[str, Tensor]:
         """Return the mean of what was added, in the dtypes it had, and begin anew."""
@@ -59,8 +60,10 @@ class WeightedMean:
     def _sum_of(self, name: str, tensor: Tensor) -> Tensor:
         if name not in self.sums:
             wide = tensor.dtype if tensor.device.type == "mps" else torch.float64  # which MPS does not have
-            self.sums[name], self.dtypes[name] = torch.zeros_like(tensor, dtype=wide), tensor.dtype
-        elif self.sums[name].device != tensor.device:  # as a checkpoint has it
+            made = self.zeros.pop(name, None)
+            self.sums[name] = torch.zeros_like(tensor, dtype=wide) if made is None else made
+            self.dtypes[name] = tensor.dtype
+        if self.sums[name].device != tensor.device:  # as a checkpoint has it
             self.sums[name] = self.sums[name].to(tensor.device)
         return self.sums[name]
 
