@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import BaseFinetuning
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -96,6 +97,21 @@ class Losses(nn.CrossEntropyLoss):
         if self.training:
             self.seen.append(loss.detach())
         return loss
+
+
+class Thaw(BaseFinetuning):
+    """Lightning's own way to train Alice's convolution from the second epoch on."""
+
+    def freeze_before_training(self, learner: pl.LightningModule) -> None:
+        self.freeze(self.convolution(learner))
+
+    def finetune_function(self, learner: pl.LightningModule, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 1 and optimizer is learner.stepper.optimizers.get("alice"):
+            self.unfreeze_and_add_param_group(self.convolution(learner), optimizer, initial_denom_lr=1)
+
+    def convolution(self, learner: pl.LightningModule) -> list[nn.Module]:
+        """None in a process that has no bottom."""
+        return [part for name, part in learner.network.named_modules() if name.endswith("block1.0")]
 
 
 class Recorder:

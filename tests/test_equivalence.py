@@ -19,6 +19,7 @@ from helpers import (
     ADAM,
     BLOCKS,
     SGD,
+    Thaw,
     Unsplit,
     dealt,
     differences,
@@ -518,8 +519,11 @@ MEAN = {"alice": MeanGradient(), "bob": MeanGradient(), "turn": "step"}
 LARGE = {"alice": MeanGradient(), "turn": "step"}
 
 
-def at_once(run, rows, make, personal=False, model=net, cut=2, uniform=False, **loss):
-    """In each step every Alice from the same net, then one step by the mean gradient; bottoms may be personal."""
+def at_once(run, rows, make, personal=False, model=net, cut=2, uniform=False, thawing=None, **loss):
+    """In each step every Alice from the same net, then one step by the mean gradient; bottoms may be personal.
+
+    What is frozen at first is trained from the epoch `thawing` on.
+    """
     x, y = rows
     one, takers = model(), list(run.data.shards)
     bottoms = {taker: copy.deepcopy(one[:cut]) if personal else one[:cut] for taker in takers}
@@ -527,6 +531,8 @@ def at_once(run, rows, make, personal=False, model=net, cut=2, uniform=False, **
     top = make(one[cut:].parameters() if personal else one.parameters())
     for epoch, steps in enumerate(run.steps):
         place = 0
+        if epoch == thawing:
+            one.requires_grad_()
         for step in steps:
             copies = {taker: copy.deepcopy(bottoms[taker]).extend(copy.deepcopy(one[cut:])) for taker in step.batches}
             for taker, ids in step.batches.items():
@@ -579,6 +585,25 @@ def test_parallel_with_personal_bottoms_equals_one_written_by_hand(make):
     assert differences({name: run.weights[name] for name in top}, top) == []
     for taker, weights in own_weights(run).items():
         assert differences(weights, bottoms[taker].state_dict()) == []
+
+
+@both_optimizers
+def test_what_a_callback_unfreezes_steps_by_the_mean_of_all_gradients_from_then_on(make):
+    """Also where one Alice, who takes part in few steps, must catch up, and to the byte of what crosses."""
+
+    def frozen():
+        model = net()
+        model.block1[0].requires_grad_(False)
+        return model
+
+    run = five_alices(two_party(BLOCKS, 2), **{**FEW, "make": make}, schedule=MEAN, trainer={"callbacks": [Thaw()]})
+    one, _ = at_once(run, make_rows(25), make, model=frozen, thawing=1)
+    assert differences(run.weights, one.state_dict()) == []
+    assert "block1.0.weight" in differences(one.state_dict(), frozen().state_dict())
+    all_bytes = 4 * sum(p.numel() for p in net()[:2].parameters())
+    held = 4 * sum(p.numel() for p in net().block1[0].parameters())
+    crossed = run.learner.ledger.table()["alice0->server"]["weight_gradient"]
+    assert crossed == 3 * (all_bytes - held) + 3 * all_bytes
 
 
 def test_a_parameter_of_which_nobody_has_a_gradient_is_passed_over():

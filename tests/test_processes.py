@@ -85,6 +85,16 @@ def test_every_scheme_and_layout_equals_the_simulator(asked, holders, configure,
     check(asked, holders, "gloo", configure, tmp_path)
 
 
+@pytest.mark.slow
+def test_what_a_callback_unfreezes_in_mid_run_is_trained_and_counted_as_in_the_simulator(configure, tmp_path):
+    asked = [TWO_PARTY, "num_alices=3", "schedule=parallel", "+callbacks.thaw={_target_: helpers.Thaw}"]
+    simulated = run_tiny(configure, tmp_path / "simulated", *asked)
+    ours = run_tiny(configure, tmp_path / "processes", *asked, "engine=processes")
+    assert [ours["bytes"], ours["test"]] == [simulated["bytes"], simulated["test"]]
+    left = weights_of(tmp_path / "processes", ["bob", "server"])
+    assert differences(left, weights_of(tmp_path / "simulated")) == []
+
+
 def test_so_they_do_over_grpc(configure, tmp_path, monkeypatch):
     monkeypatch.setattr("splitlearn.certificates._write", None)  # keys made for a run are never written
     check(["layout=multi_hop"], ["bob", "carol", "alice2"], "grpc", configure, tmp_path)

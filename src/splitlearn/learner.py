@@ -205,6 +205,7 @@ class SplitLearner(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self.epoch_loss = EpochLoss(self._cause)
+        self.rounds.find()  # a callback may just have unfrozen some, for which a schedule has work from now on
 
     def on_train_epoch_end(self) -> None:
         self.log("train/loss", self.mean_loss)
