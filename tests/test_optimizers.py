@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepL
 
 from splitlearn.errors import InputError
 from splitlearn.layout import whole
+from splitlearn.learner import SplitLearner
 from splitlearn.network import SplitNetwork
 from splitlearn.schedules.aggregation import MeanGradient
 from splitlearn.training.optimizers import by_role
@@ -66,6 +67,50 @@ def test_a_frozen_role_has_no_optimizer_and_keeps_its_weights(tmp_path, frozen):
     initial = dict(net().named_parameters())
     unchanged = [name for name, p in reference.named_parameters() if torch.equal(p, initial[name])]
     assert unchanged == [name for name in initial if name.startswith(("block3", "head")) == bool(frozen)]
+
+
+class Unfreeze(Callback):
+    """The plain way of fine-tuning, which in plain torch an optimizer of all parameters follows."""
+
+    def __init__(self, name: str, place: tuple[int, int | None]) -> None:
+        self.name, self.place = name, place
+
+    def on_train_epoch_start(self, trainer, learner) -> None:
+        self._unfreeze(learner, (trainer.current_epoch, None))
+
+    def on_after_backward(self, trainer, learner) -> None:
+        self._unfreeze(learner, (trainer.current_epoch, trainer.fit_loop.batch_idx))
+
+    def _unfreeze(self, learner, place) -> None:
+        if place == self.place:
+            learner.network.get_submodule(self.name).requires_grad_(True)
+
+
+@pytest.mark.parametrize("place", [(1, None), (0, 4), (1, 4)], ids=["between epochs", "within", "within the last"])
+@pytest.mark.parametrize(
+    ("frozen", "message"),
+    [
+        (
+            "bottom.block2.1",
+            r"^`bottom.block2.1.weight` and 1 more of alice would be trained, but no optimizer has it: ",
+        ),
+        ("top", r"^`top.block3.0.weight` and 5 more of bob would be trained, .* add it to the optimizer$"),
+    ],
+)
+def test_what_is_unfrozen_for_no_optimizer_is_refused(frozen, message, place, tmp_path):
+    learner = make_learner(make_data())
+    learner.network.segments.get_submodule(frozen).requires_grad_(False)
+    learner = SplitLearner(learner.network, learner.schedule, SGD, nn.CrossEntropyLoss(), 3)
+    with pytest.raises(InputError, match=message):
+        make_trainer(tmp_path, [Unfreeze(f"segments.{frozen}", place)]).fit(learner, datamodule=make_data())
+
+
+def test_so_is_what_an_optimizer_leaves_out_on_its_own(tmp_path):
+    def matrices(parameters):
+        return torch.optim.SGD([p for p in parameters if p.ndim > 1], lr=0.1)
+
+    with pytest.raises(InputError, match=r"^`bottom.block1.0.bias` and 3 more of alice would be trained, but no optim"):
+        fit(tmp_path, make=matrices)
 
 
 class Rates(Callback):

@@ -37,7 +37,7 @@ from splitlearn.training.evaluation import Evaluation, Part
 from splitlearn.training.finite import cause, check_finite, explained
 from splitlearn.training.losses import MeanLoss
 from splitlearn.training.metrics import EpochLoss
-from splitlearn.training.optimizers import MakeOptimizer, Stepper, by_role, check_callbacks, options_of
+from splitlearn.training.optimizers import MakeOptimizer, Stepper, by_role, check_callbacks, check_held, options_of
 from splitlearn.training.pace import Pace, Stretch
 from splitlearn.training.run_state import restore, state_of
 
@@ -206,8 +206,10 @@ class SplitLearner(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         self.epoch_loss = EpochLoss(self._cause)
         self.rounds.find()  # a callback may just have unfrozen some, for which a schedule has work from now on
+        check_held(self.rounds.weights)
 
     def on_train_epoch_end(self) -> None:
+        check_held(self.rounds.weights, by_gradient=True)
         self.log("train/loss", self.mean_loss)
         if self.pace.left == 0:  # and no limit broke the epoch off
             self.stepper.step_schedulers("epoch")

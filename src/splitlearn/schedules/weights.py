@@ -49,6 +49,12 @@ class RoleWeights:
         return {**self.parameters, **self.buffers}
 
     @property
+    def unheld(self) -> dict[str, Tensor]:
+        """Those parameters that want a gradient and are not the optimizer's, so that no step would change them."""
+        held = {id(parameter) for parameter in self._parameters()}
+        return {n: value for n, value in self.parameters.items() if value.requires_grad and id(value) not in held}
+
+    @property
     def gradients(self) -> dict[str, Tensor]:
         return {name: value.grad for name, value in self.trained.items() if value.grad is not None}
 

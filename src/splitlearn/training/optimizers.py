@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from splitlearn.errors import InputError
 from splitlearn.layout import Role
 from splitlearn.network import SplitNetwork
+from splitlearn.schedules.weights import RoleWeights
 from splitlearn.training.checks import check_mode
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -167,6 +168,18 @@ def check_callbacks(callbacks: Iterable[object]) -> None:
                     f"`callbacks` ({type(callback).__name__}) needs one optimizer that Lightning steps, and here every "
                     f"role has its own: {cure}"
                 )
+
+
+def check_held(weights: Mapping[Role, RoleWeights], by_gradient: bool = False) -> None:
+    """Raises InputError for parameters that want a gradient, or have one by now, and that no optimizer would change."""
+    for role, mine in weights.items():
+        names = [name for name, parameter in mine.unheld.items() if parameter.grad is not None or not by_gradient]
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise InputError(
+                f"`{names[0]}`{more} of {role} would be trained, but no optimizer has it: do not freeze it before the "
+                "run, or let a BaseFinetuning callback unfreeze it and add it to the optimizer"
+            )
 
 
 def by_role(
