@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 from federated import run_tiny, source
-from helpers import make_network, make_rows, net, smooth
+from helpers import SGD, make_network, make_rows, net, smooth, weights_of
+from runs import batches_of, make_data, make_trainer
 from torch import Tensor, nn
 
 from splitlearn.errors import InputError
@@ -13,7 +14,7 @@ from splitlearn.federation.frame import FrameError
 from splitlearn.federation.remote_wire import RemoteWire
 from splitlearn.layout import two_party, u_shaped
 from splitlearn.learner import SplitLearner
-from splitlearn.network import Batch
+from splitlearn.network import Batch, SplitNetwork
 from splitlearn.schedules.aggregation import Average, MeanGradient
 from splitlearn.schedules.schedule import Schedule
 from splitlearn.schedules.sharing import Personal
@@ -168,6 +169,71 @@ def test_so_is_a_loss_of_ones_own_at_the_first_labels_that_it_weighs():
     assert MeanLoss(Told(), schedule, TWO).share("alice0", other) == 1
     with pytest.raises(InputError, match=r"`loss` \(=Weighted\) weighs labels, so that all roles must"):
         MeanLoss(Weighted(), schedule, TWO).share("alice0", other)
+
+
+class Heated(Own):
+    """Cross-entropy with a temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_t = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, output: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(output * self.log_t.exp(), labels)
+
+
+class Scale(Heated):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.log_t.exp()
+
+
+class Decayed(Own):
+    """Cross-entropy, and the squares of a layer's weights."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, output: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(output, labels) + 0.1 * self.layer.weight.square().sum()
+
+
+def test_a_loss_that_would_have_to_be_trained_is_refused():
+    message = r"^`loss` \(=Heated\) has parameters to train, log_t, which no optimizer has: make them a block .* at bob"
+    with pytest.raises(ValueError, match=message):
+        learner(Heated())
+    with pytest.raises(ValueError, match=r"\(=Decayed\) has parameters to train, layer.weight, layer.bias"):
+        learner(Decayed(net().head))  # whose layer is not the network's
+
+
+def trained(loss: nn.Module, model: nn.Sequential) -> tuple[dict[str, Tensor], list]:
+    """By plain SGD of two roles, on one Alice's rows. Return the weights, and her mini-batches."""
+    data = make_data()
+    trained = SplitLearner(SplitNetwork(model, TWO, data), Schedule(data.takers), SGD, loss, 3)
+    trainer = make_trainer(None, max_epochs=1)
+    trainer.fit(trained, datamodule=data)
+    return weights_of(trained.network), list(batches_of(data, 0))
+
+
+@pytest.mark.parametrize("how", ["a block of the model", "frozen", "of the network's own"])
+def test_what_else_a_loss_may_have_trains_as_in_plain_torch(how):
+    model, plain = smooth(), smooth()
+    loss, reference = {
+        "a block of the model": lambda: (Own(), Heated()),
+        "frozen": lambda: (Heated().requires_grad_(False), Heated().requires_grad_(False)),
+        "of the network's own": lambda: (Decayed(model.head), Decayed(plain.head)),
+    }[how]()
+    if how == "a block of the model":
+        model.head = nn.Sequential(model.head, Scale())
+    found, batches = trained(loss, model)
+    both = nn.ModuleList([plain, reference])
+    optimizer = SGD(both.parameters())
+    for x, y, _ in batches:
+        both.zero_grad()
+        reference(plain(x), y).backward()
+        optimizer.step()
+    assert all(map(torch.equal, found.values(), both.state_dict().values()))
+    assert (reference.state_dict().get("log_t", 0.5) == 0.5) == (how != "a block of the model")
 
 
 @pytest.mark.parametrize("told", [3, {"alice0": "x"}, {"alice0": [1.0, float("nan")]}, {"alice0": [True]}])

@@ -28,6 +28,7 @@ from splitlearn.training.checks import (
     check_accumulation,
     check_kind,
     check_loss,
+    check_loss_trains_nothing,
     check_precision,
     check_settings,
     described,
@@ -89,6 +90,7 @@ class SplitLearner(pl.LightningModule):
         check_accumulation(accumulate_grad_batches, schedule.turn)
         num_classes = network.sample_output.shape[-1] if num_classes is None else num_classes
         check_loss(loss, network.sample_output, num_classes, network.wire.hosts(network.layout.stages[-1].role))
+        check_loss_trains_nothing(loss, network)
         warn_of_raw_rows(network)
         self.network, self.layout, self.schedule, self.loss = network, network.layout, schedule, loss
         self.means = MeanLoss(loss, schedule, self.layout, micro_batches)

@@ -83,6 +83,18 @@ def check_loss(loss: nn.Module, output: Tensor, num_classes: int, known: bool) -
         raise ValueError(f"`loss` (=CrossEntropyLoss) takes logits: {cure}")
 
 
+def check_loss_trains_nothing(loss: nn.Module, network: SplitNetwork) -> None:
+    """Raises ValueError for a loss that wants a gradient for more than the weights of the party that holds it."""
+    holder = network.layout.stages[-1].role
+    held = {id(parameter) for parameter in network.parameters_of(holder)}
+    own = [name for name, parameter in loss.named_parameters() if parameter.requires_grad and id(parameter) not in held]
+    if own:
+        raise ValueError(
+            f"`loss` (={type(loss).__name__}) has parameters to train, {', '.join(own)}, which no optimizer has: make "
+            f"them a block of the model at {holder}, who holds the loss, or freeze them by requires_grad_(False)"
+        )
+
+
 def _try(loss: nn.Module, output: Tensor) -> None:
     """Raises ValueError for a loss that does not take what the network computes for a few rows and their labels."""
     name, rows = type(loss).__name__, output.detach().float().cpu().requires_grad_()
