@@ -62,11 +62,11 @@ def make_data(num_rows=39, batch_size=4, layout=TWO_PARTY, num_alices=1, val_row
 
 
 def make_learner(
-    data, layout=TWO_PARTY, make=SGD, model=None, state="carry", schedule=None, kind=SplitLearner, **kwargs
+    data, layout=TWO_PARTY, make=SGD, model=None, state="carry", schedule=None, kind=SplitLearner, loss=None, **kwargs
 ) -> SplitLearner:
     network = SplitNetwork(model or net(), layout, data, seed=SEED)
     arranged = Schedule(tuple(data.shards), **{"alice": Handoff(state), **(schedule or {})})
-    return kind(network, arranged, make, nn.CrossEntropyLoss(), 3, **kwargs)
+    return kind(network, arranged, make, loss or nn.CrossEntropyLoss(), 3, **kwargs)
 
 
 def make_trainer(folder: Path, callbacks=(), logger=False, plugins=(), **kwargs) -> pl.Trainer:

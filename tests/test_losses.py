@@ -8,6 +8,7 @@ from federated import run_tiny, source
 from helpers import SGD, make_network, make_rows, net, smooth, weights_of
 from runs import batches_of, make_data, make_trainer
 from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_accuracy
 
 from splitlearn.errors import InputError
 from splitlearn.federation.frame import FrameError
@@ -47,6 +48,9 @@ def test_the_losses_of_an_epoch_and_of_a_test_are_those_of_all_rows(asked, optio
     model.load_state_dict({name.split(".", 3)[3]: value for name, value in state.items() if ".segments." in name})
     expected = nn.CrossEntropyLoss(**options)(model(x), y).item()
     assert small["test"]["test/loss"] == pytest.approx(expected, rel=1e-5)
+    left_out = options.get("ignore_index")
+    expected = multiclass_accuracy(model(x), y, 3, average="micro", ignore_index=left_out).item()
+    assert small["test"]["test/accuracy"] == large["test"]["test/accuracy"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("asked", [asked for asked, _ in OPTIONS.values()], ids=OPTIONS)

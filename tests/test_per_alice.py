@@ -9,6 +9,8 @@ import torch
 from helpers import SGD
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from runs import fit, make_data, make_learner, make_trainer, results
+from torch import nn
+from torchmetrics.functional.classification import multiclass_accuracy
 
 from splitlearn.callbacks.per_alice import PerAlice, performance_gap
 from splitlearn.callbacks.results import Results
@@ -44,6 +46,45 @@ def test_accuracy_by_owner_counts_the_rows_of_each():
     assert {name: value.item() for name, value in metric.compute().items()} == pytest.approx(expected)
 
 
+def micro(output, labels):
+    """torchmetrics' accuracy of all rows but those of label 1."""
+    return multiclass_accuracy(output, labels, output.shape[1], average="micro", ignore_index=1).item()
+
+
+def test_rows_of_an_ignored_label_are_not_counted():
+    """As in torchmetrics; who has no others is not told of."""
+    torch.manual_seed(0)
+    output, labels = torch.randn(60, 3), torch.randint(3, (60,))
+    owners = torch.arange(60) % 3
+    labels[owners == 2] = 1
+    metric = AccuracyByOwner(["alice0", "alice1", "alice2"], ignore_index=1)
+    metric.update(output, labels, owners)
+    expected = {f"/alice{i}": micro(output[owners == i], labels[owners == i]) for i in (0, 1)}
+    expected["_worst"] = min(expected.values())
+    assert {name: value.item() for name, value in metric.compute().items()} == expected
+
+
+@pytest.mark.parametrize("schedule", [None, PERSONAL], ids=["sequential", "v3"])
+def test_rows_that_the_loss_leaves_out_are_left_out_of_every_accuracy(schedule, tmp_path):
+    data, learner, left, epochs = train(tmp_path, schedule, loss=nn.CrossEntropyLoss(ignore_index=1))
+    x, y = data.rows.fields["x"], data.rows.fields["y"]
+
+    def outputs(segments, ids):
+        segments = copy.deepcopy(segments).eval()
+        return segments["top"](segments["bottom"](x[ids]))
+
+    hers = {alice: data.val_ids[data.owners[data.val_ids] == i] for i, alice in enumerate(data.shards)}
+    together = []
+    for alice, ids in hers.items():
+        with learner.rounds.as_of(alice):
+            together.append(outputs(learner.network.segments, ids))
+        assert epochs[-1][f"val/accuracy/{alice}"] == pytest.approx(micro(together[-1], y[ids]))
+        after = micro(outputs(left[1, alice], data.val_ids), y[data.val_ids])
+        assert epochs[-1][f"val/accuracy_after/{alice}"] == pytest.approx(after)
+    assert epochs[-1]["val/accuracy"] == pytest.approx(micro(torch.cat(together), y[torch.cat([*hers.values()])]))
+    assert 0 < (y[data.val_ids] == 1).sum() < len(data.val_ids)
+
+
 def test_of_many_owners_only_the_worst_is_told_and_of_one_nothing():
     many = AccuracyByOwner([f"alice{i}" for i in range(11)])
     many.update(torch.eye(11), torch.arange(11), torch.arange(11))
@@ -64,9 +105,9 @@ class Copies(Callback):
             self.left[trainer.current_epoch, alice] = copy.deepcopy(learner.network.segments)
 
 
-def train(folder, schedule=None, num_alices=3, ckpt=None, callbacks=()):
+def train(folder, schedule=None, num_alices=3, ckpt=None, callbacks=(), loss=None):
     data = make_data(36, val_rows=9, num_alices=num_alices)
-    learner = make_learner(data, schedule=schedule)
+    learner = make_learner(data, schedule=schedule, loss=loss)
     copies = Copies()
     trainer = make_trainer(folder, [PerAlice(), Results(folder / "results.json"), copies, *callbacks])
     trainer.fit(learner, datamodule=data, ckpt_path=ckpt)

@@ -13,7 +13,7 @@ from torch import Tensor
 from splitlearn.layout import Party
 from splitlearn.learner import SplitLearner
 from splitlearn.segment import evaluating
-from splitlearn.training.accuracy import FEW, AccuracyByOwner
+from splitlearn.training.accuracy import FEW, AccuracyByOwner, judged
 
 LASTING_AN_EPOCH = ("val/accuracy_after/", "val/performance_gap")  # Lightning itself keeps metrics for ever
 
@@ -65,7 +65,7 @@ class PerAlice(Callback):
     def on_validation_batch_end(  # type: ignore[override]
         self, trainer: pl.Trainer, learner: SplitLearner, outputs: list[dict[str, Tensor]], *_: Any
     ) -> None:
-        self.by_owner = self.by_owner or AccuracyByOwner(learner.schedule.takers)
+        self.by_owner = self.by_owner or AccuracyByOwner(learner.schedule.takers, learner.means.ignore_index)
         for part in outputs or []:  # none where another party holds the loss
             if part["owners"] is not None:
                 self.by_owner.update(**part)
@@ -110,7 +110,7 @@ def performance_gap(counts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _count(trainer: pl.Trainer, learner: SplitLearner, alice: Party) -> Tensor:
-    """Return, by label, the validation rows that are classified correctly and all of them: [2, labels]."""
+    """Return, by label, the validation rows that are classified correctly and all that count: [2, labels]."""
     network, num_labels = learner.network, learner.num_classes
     counts = torch.zeros(2, num_labels, dtype=torch.int64)
     loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
@@ -121,8 +121,8 @@ def _count(trainer: pl.Trainer, learner: SplitLearner, alice: Party) -> Tensor:
                 output, labels, _ = network(batch, learner.layout.cast(alice))
                 if output.is_meta:  # another party counts
                     continue
-                right = labels[output.argmax(1) == labels]
-                counts += torch.stack([torch.bincount(some, minlength=num_labels) for some in (right, labels)]).cpu()
+                rows = judged(output, labels, learner.means.ignore_index)
+                counts += torch.stack([torch.bincount(labels[some], minlength=num_labels) for some in rows]).cpu()
     finally:
         network.wire.ledger = learner.ledger
     torch.clear_autocast_cache()  # what it keeps was made without a graph

@@ -29,14 +29,14 @@ class Evaluation:
     def __init__(self, network: SplitNetwork, rounds: Rounds, loss: MeanLoss) -> None:
         self.network, self.rounds, self.loss = network, rounds, loss
         self.ledger, self.trained = Ledger(), network.wire.ledger
-        self.tally = Tally()
+        self.tally = Tally(loss.ignore_index)
 
     def begin(self) -> None:
         self.rounds.receive_pending()  # what is under way is of the training
         self.network.wire.ledger = self.ledger
         self.rounds.find()
         self.rounds.begin_evaluation()
-        self.tally = Tally()
+        self.tally = Tally(self.loss.ignore_index)
 
     def step(self, batch: Batch, stage: str, num_steps: int) -> list[Part]:
         """Return what is held here. Raises DivergedError, behind `num_steps` of training, for a loss not finite."""

@@ -48,6 +48,7 @@ class MeanLoss:
     def __init__(self, module: nn.Module, schedule: Schedule, layout: Layout, micro_batches: int = 1) -> None:
         self.module = module
         self.adds_up = getattr(module, "reduction", "mean") == "sum"
+        self.ignore_index: int | None = getattr(module, "ignore_index", None)
         self.sharings: dict[str, Sharing] = {"alice": schedule.alice, "bob": schedule.bob}
         if {*layout.roles} == {"alice"}:
             del self.sharings["bob"]

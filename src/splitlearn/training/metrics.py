@@ -12,6 +12,7 @@ from torch import Tensor
 from splitlearn.errors import CURE, DivergedError
 from splitlearn.layout import Party
 from splitlearn.network import Batch
+from splitlearn.training.accuracy import judged
 from splitlearn.training.losses import Loss
 
 
@@ -74,17 +75,21 @@ class Tally:
     """Of some rows the loss and the correct answers, each Alice's apart.
 
     Who holds the loss adds them up: Bob, or each Alice for herself. Sums are float32, as Lightning's own are.
+
+    Arguments:
+        ignore_index: a label whose rows are neither right nor wrong, as they are none of the loss.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ignore_index: int | None = None) -> None:
+        self.ignore_index = ignore_index
         self.sums: dict[Party, list[Tensor]] = {}
 
     @torch.no_grad()
     def add(self, alice: Party, loss: Loss, output: Tensor, labels: Tensor) -> None:
         """`loss` is that of the rows of `output` [B, classes] and `labels` [B]."""
-        correct = (output.argmax(1) == labels).sum()
+        correct, num_rows = (rows.sum() for rows in judged(output, labels, self.ignore_index))
         weight = torch.as_tensor(loss.weight, device=correct.device)
-        new = [loss.total.float(), weight, correct, torch.full_like(correct, len(labels))]
+        new = [loss.total.float(), weight, correct, num_rows]
         old = self.sums.get(alice)
         self.sums[alice] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
 
@@ -94,7 +99,10 @@ class Tally:
 
 
 def means(together: Mapping[Party, list[float]]) -> dict[str, Any]:
-    """Return the mean loss and the accuracy of all the rows of each Alice that processes have added up."""
+    """Return the mean loss and the accuracy of all the rows of each Alice that processes have added up.
+
+    The accuracy of no rows is NaN.
+    """
     if not together:  # all rows are of Alices who are gone
         return {}
     loss, weight, correct, num_rows = map(sum, zip(*(together[alice] for alice in sorted(together)), strict=True))
