@@ -91,12 +91,12 @@ class Losses(nn.CrossEntropyLoss):
     def __init__(self, **options: object) -> None:
         super().__init__(**options)
         self.seen: list[Tensor] = []
+        self.register_forward_hook(_keep)
 
-    def forward(self, output: Tensor, labels: Tensor) -> Tensor:
-        loss = super().forward(output, labels)
-        if self.training:
-            self.seen.append(loss.detach())
-        return loss
+
+def _keep(losses: nn.Module, inputs: tuple, loss: Tensor) -> None:
+    if losses.training:
+        losses.seen.append(loss.detach())
 
 
 class Thaw(BaseFinetuning):

@@ -1,12 +1,14 @@
 """A loss over all rows is the loss of all rows at once, whatever it divides by; one that does not fit is one line."""
 
+import copy
 import re
 
 import pytest
 import torch
 from federated import run_tiny, source
-from helpers import SGD, make_network, make_rows, net, smooth, weights_of
-from runs import batches_of, make_data, make_trainer
+from helpers import SEED, SGD, make_network, make_rows, net, smooth, weights_of
+from pytorch_lightning.callbacks import ModelCheckpoint
+from runs import TWO_PARTY, batches_of, make_data, make_trainer
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
@@ -261,3 +263,77 @@ def test_nobody_is_believed_but_who_holds_the_loss():
     assert wire.gather_by_alice({"alice0": [2.0, 4, 3, 4]}, "bob") == {"alice0": [2.0, 4, 3, 4]}
     told = wire.gather_by_alice({}, "alice")  # in a U each holds hers
     assert told == {"alice0": [-794.9, 1, 1, 1], "alice1": [1, 1, 1, 1]}
+
+
+class Focal(nn.CrossEntropyLoss):
+    """Derives from torch's, and divides by the rows whatever their weights."""
+
+    def forward(self, output, labels):
+        each = nn.functional.cross_entropy(output, labels, self.weight, reduction="none")
+        return ((1 - (-each).exp()) * each).mean()
+
+
+class Focused(Focal):
+    def weight_of(self, labels):
+        return len(labels)
+
+
+def test_a_loss_that_derives_from_torchs_is_ones_own(tmp_path):
+    weight = torch.tensor([1.0, 5.0, 0.2])
+    data = make_data()
+    with pytest.raises(ValueError, match=r"^`loss` \(=Focal\) must say what it divides by, since `micro_batches`"):
+        learner_of(data, Focal(weight), micro_batches=2)
+    whole, parts = (weights_behind(tmp_path, data, Focused(weight), micro_batches=n) for n in (1, 4))
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, msg=name)
+
+
+class Noisy(nn.CrossEntropyLoss):
+    def forward(self, output, labels):
+        return super().forward(output + 0.3 * torch.randn_like(output), labels)
+
+    def weight_of(self, labels):
+        return len(labels)
+
+
+class Counting(nn.CrossEntropyLoss):
+    """Anneals by how often it was asked, which it keeps as an `attribute` or as a buffer."""
+
+    def __init__(self, attribute: bool) -> None:
+        super().__init__()
+        self.attribute, self.count = attribute, 0
+        self.register_buffer("counted", torch.zeros(()))
+
+    def forward(self, output, labels):
+        self.count, self.counted = self.count + 1, self.counted + 1
+        return super().forward(output, labels) / (self.count if self.attribute else self.counted)
+
+
+@pytest.mark.parametrize("loss", [Noisy(), Counting(attribute=False)], ids=["draws", "counts"])
+def test_a_loss_that_draws_or_counts_goes_on_as_if_never_interrupted(loss, tmp_path):
+    """And draws the same whatever is validated in between."""
+    data = make_data(val_rows=6)
+    whole = weights_behind(tmp_path, data, copy.deepcopy(loss), max_epochs=4)
+    saver = ModelCheckpoint(tmp_path, "half")
+    weights_behind(tmp_path, data, copy.deepcopy(loss), [saver], max_epochs=2)
+    again = weights_behind(tmp_path, data, copy.deepcopy(loss), ckpt_path=tmp_path / "half.ckpt", max_epochs=4)
+    rarely = weights_behind(tmp_path, data, copy.deepcopy(loss), max_epochs=4, check_val_every_n_epoch=4)
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    if isinstance(loss, Noisy):
+        assert all(torch.equal(rarely[name], value) for name, value in whole.items())
+
+
+def test_one_that_keeps_what_no_checkpoint_has_is_refused():
+    with pytest.raises(ValueError, match=r"^`loss` \(=Counting\) makes different things of one output: it keeps"):
+        learner_of(make_data(), Counting(attribute=True))
+
+
+def learner_of(data, loss, micro_batches=1):
+    network = SplitNetwork(smooth(), TWO_PARTY, data, seed=SEED)
+    return SplitLearner(network, Schedule(tuple(data.shards)), SGD, loss, 3, micro_batches=micro_batches)
+
+
+def weights_behind(folder, data, loss, callbacks=(), ckpt_path=None, micro_batches=1, **trainer):
+    learner = learner_of(data, loss, micro_batches)
+    make_trainer(folder, callbacks, **trainer).fit(learner, datamodule=data, ckpt_path=ckpt_path)
+    return {name: value.clone() for name, value in learner.state_dict().items()}

@@ -20,7 +20,7 @@ from splitlearn.costs.flops import Meter
 from splitlearn.data.loader import Turns
 from splitlearn.layout import Party, Role
 from splitlearn.ledger import Ledger
-from splitlearn.network import Batch, SplitNetwork, micro
+from splitlearn.network import Batch, Pass, SplitNetwork, micro
 from splitlearn.schedules.rounds import Rounds
 from splitlearn.schedules.schedule import Schedule
 from splitlearn.training.checkpoints import restore_callbacks
@@ -89,11 +89,12 @@ class SplitLearner(pl.LightningModule):
         check_settings(interval, gradient_clip_val, steps_per_execution, micro_batches)
         check_accumulation(accumulate_grad_batches, schedule.turn)
         num_classes = network.sample_output.shape[-1] if num_classes is None else num_classes
-        check_loss(loss, network.sample_output, num_classes, network.wire.hosts(network.layout.stages[-1].role))
+        holds = network.wire.hosts(network.layout.stages[-1].role)
+        draws = check_loss(loss, network.sample_output, num_classes, holds)
         check_loss_trains_nothing(loss, network)
         warn_of_raw_rows(network)
         self.network, self.layout, self.schedule, self.loss = network, network.layout, schedule, loss
-        self.means = MeanLoss(loss, schedule, self.layout, micro_batches)
+        self.means = MeanLoss(loss, schedule, self.layout, micro_batches, network.seed if draws else None)
         self.rounds = Rounds(schedule, network)
         self.makers = by_role(network, optimizer, optimizers or {}, scheduler)
         made = {role: make(network.parameters_of(role)) for role, make in self.makers.items()}
@@ -282,21 +283,24 @@ class SplitLearner(pl.LightningModule):
     def _pass(self, alice: Party, batch: Batch) -> None:
         """Forward, the loss where it is held, and backward: the micro-batches go each way one behind the other."""
         cast = self.layout.cast(alice)
-        passes = [self.network(part, cast) for part in micro(batch, self.micro_batches)]
-        losses = self._losses(alice, batch, [(output, labels) for output, labels, _ in passes if not output.is_meta])
+        parts = micro(batch, self.micro_batches)
+        passes = [self.network(part, cast) for part in parts]
+        losses = [] if passes[0][0].is_meta else self._losses(alice, batch, parts, passes)
         if not losses:  # another process holds it
             self.pace.prepare()  # which would cost time behind the wait
         for (*_, tape), loss in zip_longest(passes, losses):
             self.network.backward(loss, tape)
 
-    def _losses(self, alice: Party, batch: Batch, held: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """What to go backward from, of the outputs and labels that are held here."""
-        weights = [self.means.weight_of(labels) for _, labels in held]
-        parts = [self.means.part(self.loss(*each), weight, weights) for each, weight in zip(held, weights, strict=True)]
-        if parts:
-            self.epoch_loss.add(alice, batch, self.means.join([part.detach() for part in parts], weights))
-        share = self.means.share(alice, self.rounds.step) if parts else 1
-        return [self.stepper.before_backward(part * share) for part in parts]
+    def _losses(self, alice: Party, batch: Batch, parts: list[Batch], passes: list[Pass]) -> list[Tensor]:
+        """What to go backward from, of the micro-batches of a mini-batch."""
+        weights = [self.means.weight_of(labels) for _, labels, _ in passes]
+        losses = [
+            self.means.part(self.means.of(output, labels, part.number), weight, weights)
+            for part, (output, labels, _), weight in zip(parts, passes, weights, strict=True)
+        ]
+        self.epoch_loss.add(alice, batch, self.means.join([loss.detach() for loss in losses], weights))
+        share = self.means.share(alice, self.rounds.step)
+        return [self.stepper.before_backward(loss * share) for loss in losses]
 
     def _cause(self, alice: Party, batch: Batch) -> str:
         """Of what is not finite in her mini-batch."""

@@ -46,6 +46,10 @@ def micro(batch: Batch, parts: int) -> list[Batch]:
     ]
 
 
+Pass = tuple[Tensor, Tensor, list[Hop]]
+"""Output and labels, both at the holder of the loss, and the tape of hops."""
+
+
 class Sampled(Protocol):
     """Data that can show a few rows."""
 
@@ -94,11 +98,8 @@ class SplitNetwork(nn.Module):
             self.shapes = self._shape(sample)
         self.sample_output = self.shapes[layout.stages[-1].name]
 
-    def forward(self, batch: Batch, cast: Mapping[Role, Party]) -> tuple[Tensor, Tensor, list[Hop]]:
-        """Run the stages of the parties that this process plays; the values of others are on meta.
-
-        Return the output and the labels, both at the holder of the loss, and the tape of hops.
-        """
+    def forward(self, batch: Batch, cast: Mapping[Role, Party]) -> Pass:
+        """Run the stages of the parties that this process plays; the values of others are on meta."""
         values = dict(batch.fields)
         self.wire.number = batch.number[:2]  # what crosses between processes says which mini-batch it is of
         tape: list[Hop] = []

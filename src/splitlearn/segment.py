@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
-from splitlearn.seeds import derive
+from splitlearn.seeds import derive, seed_draws
 
 MISFITS = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError)  # what a block raises at a wrong input
 
@@ -45,7 +45,7 @@ class Segment(nn.Sequential):
         """Run block by block: yield the name of each and its output."""
         for name, block in self._modules.items():  # `named_children` leaves out what stands twice
             if self.training and name in self.drawing:
-                _seed(derive(self.seed, "draw", self.labels[name], *number), x.device)
+                seed_draws(derive(self.seed, "draw", self.labels[name], *number), x.device)
             x = block(x)
             yield name, x
 
@@ -113,16 +113,6 @@ def _on_meta(value: Tensor) -> Tensor:
             return UninitializedParameter(value.requires_grad, device="meta")
         return nn.Parameter(value.detach().to("meta"), value.requires_grad)
     return UninitializedBuffer(device="meta") if is_lazy(value) else value.to("meta")  # type: ignore[call-arg]
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    """`torch.manual_seed` for the CPU and `device` alone.
-
-    For each kind of device that is not in use torch's own formats a stack trace, 2 ms in all under a Trainer.
-    """
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
 
 
 def _run(name: str, block: nn.Module, x: Tensor) -> Tensor:

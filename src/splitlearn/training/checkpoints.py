@@ -59,11 +59,11 @@ def start_from(path: str, network: SplitNetwork, meaning: Mapping[str, str]) -> 
     the `meaning` of inputs and outputs was another: names of columns and classes, in order.
     """
     checkpoint = SafeCheckpointIO().load_checkpoint(path)
-    for what, ours in meaning.items():
-        theirs = checkpoint["splitlearn"]["kind"].get(what, ours)
-        if theirs != ours:
+    for what, here in meaning.items():
+        there = checkpoint["splitlearn"]["kind"].get(what, here)
+        if there != here:
             raise InputError(
-                f"`weights` (={path}) were trained for other `{what}`, {outside(theirs)}, than {outside(ours)}: bring "
+                f"`weights` (={path}) were trained for other `{what}`, {outside(there)}, than {outside(here)}: bring "
                 "them into the order and names of there"
             )
     sharings = checkpoint["splitlearn"]["rounds"]["sharings"].values()

@@ -60,10 +60,11 @@ def check_precision(scaler: torch.amp.GradScaler | None, deferred: Sequence[Role
         )
 
 
-def check_loss(loss: nn.Module, output: Tensor, num_classes: int, known: bool) -> None:
-    """Raises ValueError for an output that has not a value per class, and for the wrong one of two losses.
+def check_loss(loss: nn.Module, output: Tensor, num_classes: int, known: bool) -> bool:
+    """Return whether the loss draws random numbers.
 
-    Of an output that is not `known` here, since another party computes it, only the shape counts.
+    Raises ValueError for an output that has not a value per class, and for the wrong one of two losses. Of an output
+    that is not `known` here, since another party computes it, only the shape counts.
     """
     if output.ndim != 2 or output.shape[1] != num_classes:
         raise ValueError(
@@ -71,8 +72,8 @@ def check_loss(loss: nn.Module, output: Tensor, num_classes: int, known: bool) -
             f"end the model in a block with {num_classes} outputs"
         )
     if not known:
-        return
-    _try(loss, output)
+        return False
+    draws = _try(loss, output)
     logs = torch.allclose(output.float().exp().sum(1), torch.ones(len(output)), atol=1e-3)
     if isinstance(loss, nn.NLLLoss) and not logs:
         cure = "end the model in LogSoftmax, or use CrossEntropyLoss"
@@ -81,6 +82,7 @@ def check_loss(loss: nn.Module, output: Tensor, num_classes: int, known: bool) -
     if isinstance(loss, nn.CrossEntropyLoss) and (logs or (probabilities and bool((output >= 0).all()))):
         cure = "drop the model's last Softmax, or use NLLLoss with LogSoftmax"
         raise ValueError(f"`loss` (=CrossEntropyLoss) takes logits: {cure}")
+    return draws
 
 
 def check_loss_trains_nothing(loss: nn.Module, network: SplitNetwork) -> None:
@@ -95,15 +97,25 @@ def check_loss_trains_nothing(loss: nn.Module, network: SplitNetwork) -> None:
         )
 
 
-def _try(loss: nn.Module, output: Tensor) -> None:
-    """Raises ValueError for a loss that does not take what the network computes for a few rows and their labels."""
+def _try(loss: nn.Module, output: Tensor) -> bool:
+    """Whether the loss draws random numbers, for what the network computes for a few rows and their labels.
+
+    Raises ValueError for one that does not take that, and for one that twice makes different things of it. One that
+    counts or keeps does so from training on: copies are tried.
+    """
     name, rows = type(loss).__name__, output.detach().float().cpu().requires_grad_()
     labels = torch.arange(len(rows)) % rows.shape[1]
     cure = "take a loss of (output [N, classes], labels [N] int64), such as CrossEntropyLoss, or mend its options"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # torch only warns of shapes that it stretches to fit
-            value = copy.deepcopy(loss)(rows, labels)  # one that counts or keeps does so from training on
+            tried, before = copy.deepcopy(loss), torch.get_rng_state()
+            buffers = copy.deepcopy(tried._buffers)
+            value = tried(rows, labels)
+            draws = not torch.equal(before, torch.get_rng_state())
+            tried._buffers.update(buffers)
+            torch.set_rng_state(before)
+            again = tried(rows, labels)
     except Exception as error:  # whatever a user's own loss may raise
         shapes = f"an output of shape {list(rows.shape)} and labels of shape {list(labels.shape)}"
         raise ValueError(f"`loss` (={name}) does not take {shapes} ({error}): {cure}") from error
@@ -112,6 +124,12 @@ def _try(loss: nn.Module, output: Tensor) -> None:
         raise ValueError(f"`loss` (={name}) must be one number, not of {shape}: {cure}")
     if not value.requires_grad:
         raise ValueError(f"`loss` (={name}) has no gradient with respect to the output: {cure}")
+    if not torch.equal(value.nan_to_num(), again.nan_to_num()):
+        raise ValueError(
+            f"`loss` (={name}) makes different things of one output: it keeps state in an attribute, which no "
+            "checkpoint has (make it a buffer, by register_buffer), or draws by numpy or Python's random (take torch's)"
+        )
+    return draws
 
 
 def warn_of_raw_rows(network: SplitNetwork) -> None:

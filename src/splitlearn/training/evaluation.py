@@ -55,7 +55,7 @@ class Evaluation:
         return means(self.network.wire.gather_by_alice(self.tally.values(), holder))
 
     def _add(self, alice: Party, rows: Batch, output: Tensor, labels: Tensor, name: str, num_steps: int) -> Part:
-        loss = self.loss.join([self.loss.module(output, labels).detach()], [self.loss.weight_of(labels)])
+        loss = self.loss.join([self.loss.of(output, labels, rows.number).detach()], [self.loss.weight_of(labels)])
         if not torch.isfinite(loss.total):
             told = f"{name} is {loss.value.item()} after {num_steps} mini-batches"
             raise DivergedError(f"{told}: {cause(self.network, rows, alice)}")

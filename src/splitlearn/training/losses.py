@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
 
 from splitlearn.errors import InputError
 from splitlearn.layout import Layout, Party
@@ -16,6 +15,7 @@ from splitlearn.network import Batch
 from splitlearn.schedules.aggregation import MeanGradient
 from splitlearn.schedules.schedule import Schedule
 from splitlearn.schedules.sharing import Sharing
+from splitlearn.seeds import derive, seed_draws
 
 Weight = int | Tensor
 
@@ -31,22 +31,25 @@ class Loss(NamedTuple):
 class MeanLoss:
     """A loss module, and how its values go together: of micro-batches, of Alices, of an epoch, of a validation.
 
-    torch's cross-entropy and NLL, and what is derived from them, divide by the class weights of the labels that are not
-    `ignore_index` (a class: data refuse labels below 0), its other losses by the rows. With `reduction=sum` values add
-    up, and for a mean are divided by the rows. A loss of one's own says what it divides by in a method
+    torch's cross-entropy and NLL divide by the class weights of the labels that are not `ignore_index` (a class: data
+    refuse labels below 0), its other losses by the rows. With `reduction=sum` values add up, and for a mean are divided
+    by the rows. A loss with a forward of one's own, derived from torch's or not, says what it divides by in a method
     `weight_of(labels)`; without, nothing is known of it, and means that are only logged are taken over rows.
 
     Arguments:
         module: (output, labels) to a scalar.
         schedule, layout: whose gradients are averaged, and who knows the labels.
         micro_batches: parts of a mini-batch.
+        seed: of what the module draws, as `Segment` has it for blocks; None where it draws nothing.
 
     Raises ValueError where gradients would be put together by weights that nobody knows, or where one multiple of the
     loss would have to serve a role that takes their mean by samples and one that does not.
     """
 
-    def __init__(self, module: nn.Module, schedule: Schedule, layout: Layout, micro_batches: int = 1) -> None:
-        self.module = module
+    def __init__(
+        self, module: nn.Module, schedule: Schedule, layout: Layout, micro_batches: int = 1, seed: int | None = None
+    ) -> None:
+        self.module, self.seed = module, seed
         self.adds_up = getattr(module, "reduction", "mean") == "sum"
         self.ignore_index: int | None = getattr(module, "ignore_index", None)
         self.sharings: dict[str, Sharing] = {"alice": schedule.alice, "bob": schedule.bob}
@@ -56,6 +59,12 @@ class MeanLoss:
         self.joins = len(schedule.takers) > 1 and bool(self.by_samples)
         self.one_sided = self.joins and len(self.by_samples) < len(self.sharings)
         self._check(layout, micro_batches)
+
+    def of(self, output: Tensor, labels: Tensor, number: tuple[int, ...]) -> Tensor:
+        """The module's value for `output` [B, ...] and `labels` [B] of the mini-batch `number`."""
+        if self.seed is not None:
+            seed_draws(derive(self.seed, "draw", "loss", *number), output.device)
+        return self.module(output, labels)
 
     def weight_of(self, labels: Tensor) -> Weight:
         """What the loss of these rows divides by; where it adds up, and where nothing is known, their number."""
@@ -113,7 +122,7 @@ class MeanLoss:
     def _weighs(self) -> bool:
         """Whether torch's own loss weighs labels, rather than rows alike."""
         module: Any = self.module
-        if self.adds_up or not isinstance(module, nn.CrossEntropyLoss | nn.NLLLoss):
+        if self.adds_up or _is_own(module) or not isinstance(module, nn.CrossEntropyLoss | nn.NLLLoss):
             return False
         return module.weight is not None or module.ignore_index >= 0
 
@@ -121,7 +130,7 @@ class MeanLoss:
         name, owner, holder = type(self.module).__name__, layout.owners["y"], layout.stages[-1].role
         if getattr(self.module, "reduction", "mean") == "none":
             raise ValueError(f"`loss` (={name}) must be one number: take reduction=mean or sum, not none")
-        own = not isinstance(self.module, _Loss)
+        own = _is_own(self.module)
         parts = "`micro_batches`" if micro_batches > 1 else "`schedule`, a mean of gradients" if self.joins else None
         if own and parts and not hasattr(self.module, "weight_of"):
             raise ValueError(
@@ -148,3 +157,8 @@ class MeanLoss:
 
 def _by_samples(sharing: Sharing) -> bool:
     return isinstance(sharing, MeanGradient) and sharing.weighting == "samples"
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Whether what the loss computes is not torch's: what it divides by is then anybody's guess."""
+    return not type(module).forward.__module__.startswith("torch.")
