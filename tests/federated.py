@@ -173,6 +173,17 @@ class Slow(Callback):
         time.sleep(self.seconds)
 
 
+class SlowAt(Callback):
+    """Waits in every mini-batch of `party`, whose stretches stay long."""
+
+    def __init__(self, party: str, seconds: float) -> None:
+        self.party, self.seconds = party, seconds
+
+    def on_before_zero_grad(self, trainer: pl.Trainer, learner: pl.LightningModule, *_: object) -> None:
+        if learner.network.wire.plays(self.party):
+            time.sleep(self.seconds)
+
+
 def slowed(seconds: float) -> list[str]:
     return [f"+callbacks.slow={{_target_: federated.Slow, seconds: {seconds}}}"]
 
@@ -245,7 +256,7 @@ class Killer(Callback):
             transport, send, left = wire.transport, wire.transport.send, iter(range(self.frame - 1, -1, -1))
 
             def kill_or_send(*frame) -> None:
-                if next(left) == 0:
+                if next(left, None) == 0:
                     self.once.touch()
                     os.kill(os.getpid(), self.by)
                 send(*frame)

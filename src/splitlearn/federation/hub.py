@@ -46,6 +46,8 @@ class Hub(Streams):
     Raises InputError when the address cannot be listened on.
     """
 
+    leads = True
+
     def __init__(
         self, party: Party, address: str, identity: Identity | None, limit: int, timeout: float, on_lost: Lost
     ) -> None:

@@ -94,11 +94,15 @@ def play(text: str, engine: Processes, identity: Identity | None, attempt: Attem
             federation = Federation(attempt, wiring, *terms, post)
             federation.waits = engine.on_failure == "wait"
             call_when_stopped(federation.stopped)
+            call_when_stopped(federation.stopped, post.stops.get)
             run = build(cfg, federation.wire)
         with finishing(run.trainer.loggers):
             metrics = federation.run(run.trainer, run.learner, run.data, shared, cfg.output_dir, ckpt, cfg.test)
             log_hyperparameters(cfg, run.trainer, metrics)
         post({"done": metrics})
+    except StoppedError:  # by `Halt`, behind a snapshot of all
+        assert federation is not None
+        federation.leave()
     except Exception as error:
         why = one_line(error)
         if not isinstance(error, EXPECTED):

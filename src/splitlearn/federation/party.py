@@ -25,6 +25,7 @@ from splitlearn.federation.greetings import (
     check_welcome,
     warn_of_threads,
 )
+from splitlearn.federation.halt import Halt
 from splitlearn.federation.hub import Hub
 from splitlearn.federation.remote_wire import WIDEST, RemoteWire
 from splitlearn.federation.snapshots import Snapshots, common_in, path_of, steps_in
@@ -37,7 +38,7 @@ from splitlearn.ledger import is_alice
 from splitlearn.schedules.aggregation import Average, MeanGradient
 from splitlearn.schedules.sharing import Handoff
 from splitlearn.training.checkpoints import tested
-from splitlearn.training.stopping import was_stopped_by
+from splitlearn.training.stopping import StoppedError, was_stopped_by
 from splitlearn.wire import SERVER
 
 LOST, FAILED, ORPHANED = 3, 1, 4  # exit codes
@@ -79,6 +80,8 @@ class Federation:
         self.learner: SplitLearner | None = None
         self.trainer: pl.Trainer | None = None
         self.star: Streams | None = None
+        self.signal = 0  # that stopped this party
+        self.halt = Halt(attempt.party, timeout, self._end_at_once)
 
     def run(
         self,
@@ -115,8 +118,13 @@ class Federation:
         if step in steps_in([own]).get(run, []):  # and not in the folder that it goes on from
             self.post({"saved": step})
         trainer.callbacks[:0] = [Together(self.wire, gone)]  # type: ignore[attr-defined]
-        trainer.callbacks.append(saves)  # type: ignore[attr-defined]
-        trainer.fit(learner, datamodule=data, ckpt_path=path_of(folders, run, step) if step else None)
+        self.halt.saves = saves
+        trainer.callbacks.extend([saves, self.halt])  # type: ignore[attr-defined]
+        try:
+            trainer.fit(learner, datamodule=data, ckpt_path=path_of(folders, run, step) if step else None)
+        except StoppedError:
+            star.close(self.timeout)  # nobody is missed who has heard that all have saved
+            raise
         metrics = dict(trainer.callback_metrics)
         trainer.test(learner, datamodule=data, ckpt_path=tested(trainer, test), verbose=False)
         self.wire.gather("farewell")
@@ -129,12 +137,26 @@ class Federation:
             self.star.give_up(why)
             time.sleep(GOODBYE)
 
-    def stopped(self, number: int) -> None:
-        """A signal ends this party: it tells the others, who end, too. What counts is the newest snapshot of all."""
-        why = was_stopped_by(number)
-        self.post({"lost": self.attempt.party, "why": why, "step": self._step})
-        self.give_up(why)
-        os._exit(128 + number)
+    def stopped(self, number: int, is_second: bool = False) -> None:
+        """A signal ends this party, and the others with it: behind a snapshot of all, or at once by a second signal."""
+        self.signal = number
+        if is_second:
+            self._end_at_once()
+        else:
+            self.halt.ask(number)
+
+    def leave(self) -> None:
+        """Since a party was stopped, this one ends."""
+        if self.signal:
+            self._exit(self.attempt.party, was_stopped_by(self.signal), 128 + self.signal)
+        else:
+            self._exit(str(self.halt.who), self.halt.why, LOST)
+
+    def _end_at_once(self) -> None:
+        """Since a party was stopped; the others end, too. What counts is the newest snapshot of all."""
+        if self.star is not None:
+            self.star.give_up(self.halt.why)
+        self.leave()
 
     @property
     def _step(self) -> int:
@@ -196,6 +218,7 @@ class Federation:
             self._say(f"joins {hub} at {self.attempt.address}")
             return self._join(hub, limit, greeting, lambda welcome: check_welcome(welcome, greeting, parties))
         listener = self.star = Hub(party, self.attempt.address, identity, limit, self.timeout, self._lost)
+        self.halt.listen(listener)
         self.post({"port": listener.port})
         listener.say, listener.patient = self._say, self.patient
         ca = None if identity is None else identity.ca
@@ -229,6 +252,7 @@ class Federation:
         while True:
             member = self.star = Member(self.attempt.party, hub, *terms)
             member.say, member.answer = self._say, answer_with(self.data.names)
+            self.halt.listen(member)
             try:
                 return member, member.join(greeting, deadline - time.monotonic(), check)
             except AgainError as error:
@@ -265,9 +289,15 @@ class Federation:
 
     def _lost(self, party: Party, why: str) -> None:
         """Nothing can be done here: what counts is on disk. The process that started this one knows how to go on."""
-        self.post({"lost": party, "why": why, "step": self._step})
+        if self.halt.who is None:
+            self._exit(party, why, LOST)
+        else:  # who ends now does so since another was stopped
+            self.leave()
+
+    def _exit(self, lost: Party, why: str, code: int) -> None:
+        self.post({"lost": lost, "why": why, "step": self._step})
         time.sleep(GOODBYE)
-        os._exit(LOST)
+        os._exit(code)
 
 
 def parties_of(learner: SplitLearner) -> list[Party]:

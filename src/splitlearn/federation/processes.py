@@ -8,7 +8,9 @@ import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
@@ -27,7 +29,7 @@ ON_FAILURE = ("stop", "wait", "skip")
 LAST_PORT = 65535
 TRIES = 5  # without a new snapshot in between; then the fault is in the program
 PATIENCE = 10.0  # seconds that the others have to notice that a party is lost
-STOPPING = 2.0  # seconds that a process has to tell that it was stopped
+STOPPING = 2.0  # seconds that a process has to end when it must at once
 Play = Callable[[Attempt, "Post"], None]
 """What a process does: build its part of the run, train it, and post what came of it."""
 
@@ -77,14 +79,15 @@ class Processes:
         """
         run, gone, begun, saved = None, tuple[Party, ...](), list[int](), 0
         while True:
-            crew = Crew({party: play for party, play in plays.items() if party not in gone})
+            crew = Crew({party: play for party, play in plays.items() if party not in gone}, self.timeout)
             try:
                 with raising():
                     outcome = crew.run(self.address, run, gone)
             except StoppedError as stop:
                 saved = max(saved, crew.saved)
-                who = f"{self.party or 'the run'} {was_stopped_by(stop.number)} at about mini-batch {crew.step}"
-                raise StoppedError(stop.number, f"{who}. {_cure(saved, output_dir)}") from None
+                how = f"{was_stopped_by(stop.number)} {_stopped_at(crew.step, crew.saved)}"
+                who = self.party or "the run"
+                raise StoppedError(stop.number, f"{who} {how}. {_cure(saved, output_dir)}") from None
             run, saved = crew.run_id or run, max(saved, crew.saved)
             if outcome.lost is None:
                 return outcome.metrics
@@ -119,6 +122,10 @@ def _cure(saved: int, output_dir: str) -> str:
     )
 
 
+def _stopped_at(step: int, saved: int) -> str:
+    return f"at mini-batch {step}" if step == saved > 0 else f"at about mini-batch {step}"
+
+
 @dataclass
 class Outcome:
     """How an attempt ended: with metrics, or since a party was lost."""
@@ -127,10 +134,12 @@ class Outcome:
     lost: Party | None = None
     why: str = ""
     step: int = 0
+    saved: int = 0
 
     def __str__(self) -> str:
-        where = f"at about mini-batch {self.step}"
-        return f"{self.lost} {self.why} {where}" if self.was_stopped else f"{self.lost} was lost {where}: {self.why}"
+        if self.was_stopped:
+            return f"{self.lost} {self.why} {_stopped_at(self.step, self.saved)}"
+        return f"{self.lost} was lost at about mini-batch {self.step}: {self.why}"
 
     @property
     def was_stopped(self) -> bool:
@@ -143,6 +152,7 @@ class Post:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.ports: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.stops: queue.SimpleQueue[int] = queue.SimpleQueue()  # signals that the other process has heard
         threading.Thread(target=self._read, daemon=True).start()
 
     def __call__(self, note: dict[str, Any]) -> None:
@@ -155,7 +165,11 @@ class Post:
     def _read(self) -> None:
         try:
             while True:
-                self.ports.put(json.loads(self.connection.recv_bytes())["port"])
+                note = json.loads(self.connection.recv_bytes())
+                if "stop" in note:
+                    self.stops.put(note["stop"])
+                else:
+                    self.ports.put(note["port"])
         except (EOFError, OSError):
             os._exit(ORPHANED)
 
@@ -163,8 +177,8 @@ class Post:
 class Crew:
     """The processes of one attempt."""
 
-    def __init__(self, plays: dict[Party, Play]) -> None:
-        self.plays = plays
+    def __init__(self, plays: dict[Party, Play], timeout: float) -> None:
+        self.plays, self.timeout = plays, timeout
         self.errors: list[str] = []  # as they come: others follow from the first
         self.run_id: str | None = None
         self.begun = -1  # the mini-batch that all went on from, once they have met
@@ -183,7 +197,10 @@ class Crew:
                 self._start(play, Attempt(party, address, run, tuple(gone), alone=len(self.plays) == 1))
             return self._watch()
         except StoppedError as stop:
-            self._stop(stop.number)
+            try:
+                self._stop(stop.number, 2 * self.timeout + STOPPING)  # to train up to where all end, and to save
+            except StoppedError as second:
+                self._stop(second.number, STOPPING)
             raise
         finally:
             for process in self.processes.values():
@@ -202,14 +219,21 @@ class Crew:
     def step(self) -> int:
         return max(note.get("step", 0) for note in self.notes.values())
 
-    def _stop(self, number: int) -> None:
-        """Pass a signal on, so that who is elsewhere is told who was stopped."""
-        for process in self.processes.values():
-            if process.is_alive() and process.pid is not None:
-                os.kill(process.pid, number)
+    def _stop(self, number: int, seconds: float) -> None:
+        """Pass a signal on, and wait for the processes to end.
+
+        Not as a signal: that of a terminal has come to them already, and a second one ends them at once.
+        """
+        deadline = time.monotonic() + seconds
+        self._tell({"stop": number})
         for party, process in self.processes.items():
-            process.join(STOPPING)
+            process.join(max(0.0, deadline - time.monotonic()))
             self._hear(party)
+
+    def _tell(self, note: dict[str, Any]) -> None:
+        for connection in self.connections.values():
+            with suppress(OSError):  # of a process that has ended
+                connection.send_bytes(json.dumps(note).encode())
 
     def _watch(self) -> Outcome:
         """Until all have ended, or one was lost and the others had time to notice."""
@@ -233,7 +257,7 @@ class Crew:
         if self.errors:
             raise InputError(self.errors[0])
         if lost is not None:
-            return replace(lost, step=self.step)
+            return replace(lost, step=self.step, saved=self.saved)
         return Outcome(self.notes[next(iter(self.plays))]["done"])
 
     def _hear(self, party: Party) -> None:
@@ -249,8 +273,7 @@ class Crew:
                 if "run" in note:
                     self.run_id, self.begun = note["run"], note["step"]
                 if "port" in note:
-                    for other in self.connections.values():
-                        other.send_bytes(json.dumps(note).encode())
+                    self._tell(note)
         except (EOFError, OSError):
             del self.connections[party]
 

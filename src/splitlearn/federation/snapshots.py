@@ -44,12 +44,13 @@ class Snapshots(Checkpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, learner: SplitLearner, *_: Any) -> None:  # type: ignore[override]
         if trainer.global_step % self._every_n_train_steps == 0:
-            self._save(trainer, learner)
+            self.save(trainer, learner)
 
     def on_train_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
-        self._save(trainer, learner)  # so that one may go on with more epochs
+        self.save(trainer, learner)  # so that one may go on with more epochs
 
-    def _save(self, trainer: pl.Trainer, learner: SplitLearner) -> None:
+    def save(self, trainer: pl.Trainer, learner: SplitLearner) -> None:
+        """Save, once at a step, and wait until all have."""
         step = trainer.global_step
         if step == self.last:
             return

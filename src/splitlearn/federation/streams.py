@@ -29,7 +29,7 @@ from splitlearn.layout import Party
 SERVICE, METHOD = "splitlearn.Streams", "Join"
 SLACK = 2**22  # bytes: greetings
 HANDSHAKE = 10_000  # milliseconds until a connection that says nothing is closed
-LARGEST_NOTE = 2**16  # bytes of a loss or a farewell
+LARGEST_NOTE = 2**16  # bytes of a loss, a farewell, or what is agreed on when a party is stopped
 SHOWN = 80  # characters of what has no sense
 IN_FLIGHT = 2**20  # bytes, about: the answer to a ping waits behind them, and they bound the rate on a long way
 FIRST, EVERY = 0.5, 3.0  # seconds between looks at why the hub is not reached
@@ -78,6 +78,8 @@ class Streams:
     `limit` is the most bytes of a frame. Who sends no more ahead of an answer than it may never fills a box.
     """
 
+    leads = False  # whether this is the hub
+
     def __init__(self, party: Party, limit: int, on_lost: Lost) -> None:
         self.party, self.on_lost = party, on_lost
         self.largest = limit + SLACK  # bytes of a message
@@ -85,6 +87,7 @@ class Streams:
         self.inbox: dict[Party, Box] = {}
         self.outbox: dict[Party, Box] = {}
         self.done: set[Party] = set()  # who has said farewell
+        self.heed: Callable[[dict[str, Any], Party], None] = lambda note, peer: None  # hears every other note
         self.leaving = False  # a farewell counts only at the end, when this end has begun to leave, too
         self._failed = threading.Lock()
 
@@ -96,10 +99,14 @@ class Streams:
         """Say farewell, and wait until the others have."""
         raise NotImplementedError
 
+    def tell(self, note: dict[str, Any]) -> None:
+        """To who is at the other end, which at the hub are all."""
+        for out in self.outbox.values():
+            out.put(json.dumps(note).encode())
+
     def give_up(self, why: str) -> None:
         """Tell all that this party cannot go on."""
-        for out in self.outbox.values():
-            out.put(json.dumps({"lost": self.party, "why": outside(why)}).encode())
+        self.tell({"lost": self.party, "why": outside(why)})
 
     def _lose(self, party: Party, why: str) -> None:
         if self._failed.acquire(blocking=False):
@@ -118,6 +125,8 @@ class Streams:
         try:
             note = json.loads(message)
             loss = self._loss(note, peer) if "lost" in note else None
+            if loss is None:
+                self.heed(note, peer)
         except (ValueError, KeyError, RecursionError) as error:
             raise FrameError(f"a note cannot be read: {outside(repr(error), SHOWN)}") from error
         if loss is not None:

@@ -10,7 +10,7 @@ checkpoint, limit, after a second, and after every mini-batch when a callback li
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -73,6 +73,7 @@ class Pace:
         self.loop = trainer.fit_loop.epoch_loop
         self.longest = 1 if _listens_to_each(trainer) else longest
         self.ahead: Ahead | None = None  # the steps of the epoch at hand
+        self.ends: Callable[[int], bool] = lambda step: False  # whether a stretch does, behind that mini-batch
 
     @property
     def epoch(self) -> int:
@@ -126,7 +127,7 @@ class Pace:
             steps_done.increment_ready()
             yield stretch.at_hand
             steps_done.increment_completed()
-            if self.trainer.should_stop or time.monotonic() > deadline:
+            if self.ends(self.trainer.global_step) or self.trainer.should_stop or time.monotonic() > deadline:
                 return
 
 

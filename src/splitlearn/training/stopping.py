@@ -56,9 +56,19 @@ def unblock(*_: object) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
-def call_when_stopped(handle: Callable[[int], None]) -> None:
-    """Call `handle` in a thread of its own: the main one may wait in C code, where Python handles no signal."""
-    threading.Thread(target=lambda: handle(signal.sigwait(heeded())), daemon=True).start()
+def call_when_stopped(
+    handle: Callable[[int, bool], None], wait: Callable[[], int] = lambda: signal.sigwait(heeded())
+) -> None:
+    """Call `handle` with the signal that `wait` returns, and whether it is the second one there.
+
+    In a thread of its own: the main one may wait in C code, where Python handles no signal.
+    """
+
+    def listen() -> None:
+        for is_second in (False, True):
+            handle(wait(), is_second)
+
+    threading.Thread(target=listen, daemon=True).start()
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
