@@ -164,16 +164,6 @@ def says(log: Path, text: str, times: int = 1) -> None:
 
 
 class Slow(Callback):
-    """Waits behind every mini-batch."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def on_train_batch_end(self, *_: object) -> None:
-        time.sleep(self.seconds)
-
-
-class SlowAt(Callback):
     """Waits in every mini-batch of `party`, whose stretches stay long."""
 
     def __init__(self, party: str, seconds: float) -> None:
@@ -181,11 +171,29 @@ class SlowAt(Callback):
 
     def on_before_zero_grad(self, trainer: pl.Trainer, learner: pl.LightningModule, *_: object) -> None:
         if learner.network.wire.plays(self.party):
-            time.sleep(self.seconds)
+            self.wait(trainer)
+
+    def wait(self, trainer: pl.Trainer) -> None:
+        time.sleep(self.seconds)
 
 
-def slowed(seconds: float) -> list[str]:
-    return [f"+callbacks.slow={{_target_: federated.Slow, seconds: {seconds}}}"]
+class Held(Slow):
+    """From mini-batch 6 on waits; in that one until there is `go` in `folder`, where it leaves `held` meanwhile."""
+
+    def __init__(self, party: str, folder: str) -> None:
+        super().__init__(party, 0.3)
+        self.folder = Path(folder)
+
+    def wait(self, trainer: pl.Trainer) -> None:
+        if trainer.global_step == 5 and not (self.folder / "go").exists():
+            (self.folder / "held").touch()
+            until((self.folder / "go").exists, 300)
+        elif trainer.global_step > 5:
+            super().wait(trainer)
+
+
+def held(folder: Path) -> list[str]:
+    return [f"+callbacks.held={{_target_: federated.Held, party: bob, folder: {folder}}}"]
 
 
 class LikeNccl:

@@ -8,17 +8,17 @@ import time
 from itertools import product
 from pathlib import Path
 from random import Random
-from subprocess import PIPE
+from subprocess import PIPE, TimeoutExpired
 
 import pytest
 from federated import (
     TINY,
+    held,
     killer,
     launched,
     results_of,
     run_tiny,
     says,
-    slowed,
     started,
     until,
     weights_of,
@@ -180,7 +180,7 @@ SIGNALS = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM", "SIGHUP": "SIGHUP"}
 def test_a_signal_at_a_party_is_agreed_on_with_those_who_are_ahead(wire, configure, tmp_path):
     """alice2, whose turn begins with mini-batch 9, waits there while alice0 trains her second with a slow Bob."""
     asked = ["num_alices=3", "engine=processes", f"wire={wire}", *killer("alice0", 2, tmp_path, "SIGINT")]
-    slow = "+callbacks.slow={_target_: federated.SlowAt, party: bob, seconds: 0.1}"
+    slow = "+callbacks.slow={_target_: federated.Slow, party: bob, seconds: 0.1}"
     told = r"^alice0 was stopped by Ctrl-C at mini-batch 9\. To go on from mini-batch 9, the newest snapshot of all, "
     with pytest.raises(PartyLostError, match=told):
         run_tiny(configure, tmp_path / "run", *asked, slow, "engine.save_every_n_steps=500")
@@ -215,17 +215,17 @@ def stopped_at(folder: Path, party: str, name: str) -> int:
 def test_a_signal_ends_all_behind_a_snapshot_of_that_moment(wire, party, by, configure, tmp_path):
     tls = ["wire.tls=off"] if wire == "grpc" else []
     asked = ["num_alices=2", f"wire={wire}", *tls, "trainer.max_epochs=3"]
-    slow = [*asked, *slowed(0.1), "engine.save_every_n_steps=10", "engine.timeout=10"]
     parties = ("bob", "alice0", "alice1")
-    with started(tmp_path, *slow) as start:
+    with started(tmp_path, *asked, *held(tmp_path)) as start:
         running = {one: start(one) for one in parties}
-        until(lambda: len({path.parent for path in tmp_path.glob("*/*/snapshots/*.common")}) == len(parties), 300)
-        os.kill(running[party].pid, signal.Signals[by])
-        codes = {one: process.wait(30) for one, process in running.items()}
+        until((tmp_path / "held").exists, 300)
+        running[party].send_signal(signal.Signals[by])
+        time.sleep(1)  # until all have heard of it
+        (tmp_path / "go").touch()
+        codes = {one: process.wait(60) for one, process in running.items()}
     assert codes == {**dict.fromkeys(parties, 1), party: 128 + signal.Signals[by]}
     steps = {one: stopped_at(tmp_path / one, party, SIGNALS[by]) for one in parties}
-    assert len({*steps.values()}) == 1
-    assert 10 < steps[party] < 20  # between two snapshots that are taken anyway
+    assert len({*steps.values()}) == 1  # long before any snapshot that is taken anyway
     (tmp_path / "again").mkdir()
     with started(tmp_path / "again", *asked) as start:
         again = [start(one, f"ckpt={tmp_path}/{one}") for one in parties]
@@ -237,13 +237,39 @@ def test_a_signal_ends_all_behind_a_snapshot_of_that_moment(wire, party, by, con
 @pytest.mark.parametrize("engine", ["simulated", "processes"])
 @pytest.mark.parametrize("by", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_one_command_for_all_ends_by_a_signal_in_one_line(engine, by, tmp_path):
-    asked = [*TINY, "num_alices=2", *slowed(0.1), f"engine={engine}", f"hydra.run.dir={tmp_path}/run"]
-    often = ["engine.save_every_n_steps=4"] if engine == "processes" else []
-    process = launched(*asked, *often, stderr=PIPE)
-    until(lambda: [*tmp_path.glob("run/bob/snapshots/*.common"), *tmp_path.glob("run/checkpoints/*.ckpt")])
-    process.send_signal(signal.Signals[by])
-    _, said = process.communicate(timeout=30)
+    asked = [*TINY, "num_alices=2", *held(tmp_path), f"engine={engine}", f"hydra.run.dir={tmp_path}/run"]
+    process = launched(*asked, stderr=PIPE)
+    until((tmp_path / "held").exists, 300)
+    if by == "SIGINT":
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the processes of all parties
+    else:
+        process.send_signal(signal.Signals[by])
+    time.sleep(1)
+    (tmp_path / "go").touch()
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.Signals[by]
     assert "Traceback" not in said
-    assert len(re.findall(rf"^splitlearn: the run was stopped by {SIGNALS[by]} .* ckpt=\S+$", said, re.M)) == 1
+    line = rf"^splitlearn: the run was stopped by {SIGNALS[by]} (?:at|behind) mini-batch (\d+)\. .* ckpt=(\S+)$"
+    told = re.findall(line, said, re.MULTILINE)
+    assert len(told) == 1, said
+    ((step, ckpt),) = told
+    of_parties = {path.name.rpartition("-")[2] for path in Path(ckpt).glob("*/snapshots/*.ckpt")}
+    assert of_parties == (set() if engine == "simulated" else {f"step{step}.ckpt"})
     assert "was stopped by" in json.loads((tmp_path / "run" / "results.json").read_text())["stopped"]
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once_with_the_snapshot_before(tmp_path):
+    asked = [*TINY, "num_alices=2", *held(tmp_path), "engine=processes", f"hydra.run.dir={tmp_path}/run"]
+    process = launched(*asked, "engine.save_every_n_steps=4", "engine.timeout=300", stderr=PIPE)
+    until((tmp_path / "held").exists, 300)
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in said
+    assert re.search(
+        r"^splitlearn: the run was stopped by Ctrl-C at about mini-batch [56]\. .* mini-batch 4, ", said, re.M
+    )

@@ -524,6 +524,21 @@ def test_a_loss_is_noticed_before_the_trainer_has_begun(monkeypatch):
     assert ended == [LOST, LOST, 128 + signal.SIGTERM]
 
 
+def test_who_is_lost_while_all_halt_is_lost_since_another_was_stopped(monkeypatch):
+    posted, ended = [], []
+    federation = Federation(Attempt("bob", "127.0.0.1:0"), GlooWiring(), 1, 1, 1, posted.append)
+    monkeypatch.setattr("os._exit", ended.append)
+    federation.halt.who, federation.halt.number = "alice1", signal.SIGHUP
+    federation._lost("alice0", "its process ended")
+    federation.stopped(signal.SIGTERM)  # this one, too, has an exit code of its own
+    federation._lost("alice0", "its process ended")
+    assert posted == [
+        {"lost": "alice1", "why": "was stopped by SIGHUP", "step": 0},
+        {"lost": "bob", "why": "was stopped by SIGTERM", "step": 0},
+    ]
+    assert ended == [LOST, 128 + signal.SIGTERM]
+
+
 @pytest.mark.parametrize(
     ("waits", "alone", "tries"), [(False, True, 1), (False, False, 1), (True, True, 3), (True, False, 1)]
 )

@@ -43,7 +43,7 @@ class Halt(Callback):
         self._trains = False
         self._step: Callable[[], int] = lambda: 0
         self._answers: dict[Party, int] = {}  # at the hub, of all; elsewhere its own
-        self._target: int | None = None
+        self.target: int | None = None  # the mini-batch behind which all end, once all have agreed on it
         self._timer = threading.Timer(timeout, end)
         self._timer.daemon = True
 
@@ -63,8 +63,8 @@ class Halt(Callback):
         with self.changed:
             if step < self._answers.get(self.party, step + 1):
                 return False
-            self.changed.wait_for(lambda: self._target is not None)
-            return step == self._target
+            self.changed.wait_for(lambda: self.target is not None)
+            return step == self.target
 
     def on_train_start(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
         learner.pace.ends = self.is_behind
@@ -128,12 +128,12 @@ class Halt(Callback):
         """The hub's: when all have answered, tell all the target."""
         assert self._streams is not None
         self._answers.setdefault(party, step)
-        if self._target is None and len(self._answers) == len(self._streams.parties):
+        if self.target is None and len(self._answers) == len(self._streams.parties):
             self._agree(max(self._answers.values()))
-            self._streams.tell({"target": self._target})
+            self._streams.tell({"target": self.target})
 
     def _agree(self, target: int) -> None:
-        self._target = target
+        self.target = target
         self.changed.notify_all()
 
 
