@@ -45,9 +45,9 @@ def test_stop_says_who_when_and_how_to_go_on(configure, tmp_path):
     assert differences(weights_of(tmp_path / "resumed", ["bob", "alice2"]), weights_of(tmp_path / "whole")) == []
 
 
-@pytest.mark.parametrize("party", ["alice1", "bob"])
-def test_wait_goes_on_as_if_nothing_had_happened(party, configure, tmp_path):
-    asked = ["num_alices=3", "engine=processes", "engine.on_failure=wait", *killer(party, 25, tmp_path)]
+@pytest.mark.parametrize(("party", "by"), [("alice1", "SIGKILL"), ("bob", "SIGKILL"), ("alice1", "SIGINT")])
+def test_wait_goes_on_as_if_nothing_had_happened(party, by, configure, tmp_path):
+    asked = ["num_alices=3", "engine=processes", "engine.on_failure=wait", *killer(party, 25, tmp_path, by)]
     ours = run_tiny(configure, tmp_path / "run", *asked)
     assert (tmp_path / "killed").exists()
     assert ours == run_tiny(configure, tmp_path / "whole", "num_alices=3")

@@ -120,6 +120,14 @@ def test_who_is_asked_in_the_last_mini_batch_ends_behind_it(ends):
     assert {p.result(PATIENCE) for p in programs} == {f"bob was stopped by SIGTERM at mini-batch {LAST}"}
 
 
+def test_who_is_stopped_before_the_hub_trains_is_lost_as_by_leaving(ends):
+    run = Run(ends, PATIENCE)
+    run.streams["alice0"].tell({"stop": NUMBER})
+    assert run.lost["bob"].get(timeout=PATIENCE)[:2] == ("alice0", "was stopped by SIGTERM")
+    assert run.lost["alice1"].get(timeout=PATIENCE)[:2] == ("alice0", "was stopped by SIGTERM")
+    assert run.halts["bob"].who is None
+
+
 def test_who_does_not_train_ends_at_once(ends):
     run, free = Run(ends, PATIENCE), threading.Event()
     try:

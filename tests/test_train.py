@@ -124,6 +124,10 @@ MISFITS = {
     "scheduler=plateau scheduler.monitor=val/accuracy": ["`scheduler.scheduler.mode` (=min) takes the worst"],
     "scheduler=cosine scheduler.interval=step": ["`scheduler.scheduler.T_max` (=1) counts mini-batches"],
     "scheduler=cosine trainer.max_epochs=-1 trainer.max_steps=3": ["`scheduler.scheduler.T_max` (=-1) must be"],
+    "loss.weight=5": ["`loss.weight` (=5) must be a list", "loss.weight=[1,5]"],
+    "loss.weight=[1,-5,1,1,1,1,1,1,1,1]": ["`loss.weight` (=[1.0, -5.0,", "must not be negative"],
+    "trainer.max_epochs=abc": ["`trainer.max_epochs` (=abc) must be a whole number"],
+    "weights=README.md": ["`weights` (=README.md) "],
     "+lr=7": ["`lr` (=7) is read by nobody: did you mean optimizer.lr?"],
     "+batch_size=7": ["`batch_size` (=7) is read by nobody: did you mean data.batch_size?"],
     "weights=nowhere.ckpt": ["`weights` (=nowhere.ckpt) is not a file"],
@@ -308,6 +312,10 @@ def test_weights_start_nothing_for_other_columns_or_classes(configure, tmp_path)
     train(configure(*asked, f"data.root={tmp_path}/same.csv", f"output_dir={tmp_path}/first"))
     weights = f"weights={tmp_path}/first/checkpoints/last.ckpt"
     train(configure(*asked, f"data.root={tmp_path}/same.csv", weights))
+    with pytest.warns(UserWarning, match="`weights` were trained on other rows or another split"):
+        train(configure(*asked, f"data.root={tmp_path}/same.csv", weights, "seed=7"))
+    with pytest.warns(UserWarning, match="on rows with another data.mean"):
+        train(configure(*asked, f"data.root={tmp_path}/same.csv", weights, "data.standardise=true"))
     for name, theirs, ours in (("columns", "a, b", "b, a"), ("classes", "ill, well", "well, zill")):
         with refuses(InputError, "`weights`", f"were trained for other `data.{name}`, {theirs}, than {ours}"):
             train(configure(*asked, f"data.root={tmp_path}/{name}.csv", weights))

@@ -79,7 +79,7 @@ def build(cfg: DictConfig, wire: Wire | None = None) -> Run:
     if cfg.weights is not None:
         # Lightning converts it later, when half of the bits of doubles would be gone.
         trainer.precision_plugin.convert_module(learner)
-        start_from(cfg.weights, network, data.meaning)
+        start_from(cfg.weights, network, data.settings)
     return Run(data, learner, trainer)
 
 
@@ -105,6 +105,10 @@ def _check(cfg: DictConfig) -> None:
             )
     if cfg.ckpt is not None and cfg.weights is not None:
         raise InputError(f"`weights` (={cfg.weights}) starts a run and `ckpt` (={cfg.ckpt}) goes on with one: take one")
+    for key in ("max_epochs", "max_steps"):
+        value = cfg.trainer[key]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise InputError(f"`trainer.{key}` (={value}) must be a whole number; -1 sets no limit")
     _check_period(cfg)
     if cfg.test not in ("last", "best"):
         raise InputError(f"`test` (={cfg.test}) must be last or best")
@@ -182,6 +186,10 @@ def _make_learner(cfg: DictConfig, network: SplitNetwork, schedule: Any, num_cla
 
 def _make_loss(cfg: DictConfig) -> nn.Module:
     """Lists are tensors: `loss.weight=[1,5]` are the weights of the classes."""
+    if isinstance(cfg.get("weight"), int | float):
+        raise InputError(
+            f"`loss.weight` (={cfg.weight}) must be a list with the weight of each class: loss.weight=[1,5]"
+        )
     lists = {str(name): torch.tensor(list(v)).float() for name, v in cfg.items() if isinstance(v, ListConfig)}
     unset = [str(name) for name, value in cfg.items() if value is None]
     return make(_without(cfg, [*lists, *unset]), _partial_=True)(**lists)

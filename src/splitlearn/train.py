@@ -79,7 +79,7 @@ def main(cfg: DictConfig) -> float | None:
         raise
     except (InputError, DivergedError, PartyLostError, MisconfigurationException, OSError) as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # Hydra goes on with the sweep, and fails at its end
-            raise
+            raise error.with_traceback(None) from None  # which shows one, for what a line has told
         sys.exit(f"splitlearn: {one_line(error)}")
     finally:
         gc.collect()  # trainer, learner and data refer to each other: a sweep would keep every job's data set

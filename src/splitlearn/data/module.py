@@ -130,12 +130,8 @@ class SplitData(pl.LightningDataModule):
     def settings(self) -> dict[str, Any]:
         """The same with all that is done to the rows, by the names of the configuration."""
         batches = {"data.batch_size": self.batch_size, "data.augment": described(self.augment)}
-        return {"seed": self.seed, **self.meaning, **batches, **self.normalised, "data.rows": self._split()}
-
-    @property
-    def meaning(self) -> dict[str, str]:
-        """What trained weights stand for, in order: the names of columns and classes, as far as they have some."""
-        return {f"data.{what}": self.alike[what] for what in ("columns", "classes") if what in self.alike}
+        named = {f"data.{what}": self.alike[what] for what in ("columns", "classes") if what in self.alike}
+        return {"seed": self.seed, **named, **batches, **self.normalised, "data.rows": self._split()}
 
     def _split(self) -> str:
         digest = blake2b(digest_size=4)

@@ -111,7 +111,7 @@ def by_file(
         if row is None:
             require_one_spelling({**dict.fromkeys(places or [], "the source"), name: line}, "id", WHOLE)
             known = f"the source's rows 0 to {len(labels) - 1}" if places is None else "the rows' own ids"
-            raise ValueError(f"{where}: not among {known}; remove the line")
+            raise ValueError(f"{where}: not among {known}; remove the line, or mend all ids if they count otherwise")
         if row in lines:
             raise ValueError(
                 f"{where}: {lines[row].removeprefix(f'{path}, ')} deals it already, each row once; remove one line"

@@ -92,7 +92,7 @@ class Halt(Callback):
         with self.changed:
             if self.who is not None:
                 return
-            was_stopped_by(number)
+            was_stopped_by(number)  # which raises
             self.who, self.number = who, number
             if not self._trains:
                 self.end()
@@ -110,8 +110,10 @@ class Halt(Callback):
         assert self._streams is not None
         with self.changed:
             if self._streams.leads:
-                if "stop" in note:
+                if "stop" in note and self._trains:
                     self._hear_of(peer, note["stop"])
+                elif "stop" in note:  # who ends before all have come may be awaited again
+                    self._streams.lose(peer, was_stopped_by(note["stop"]))
                 elif "step" in note:
                     self._answer(peer, _whole(note["step"]))
             elif "halt" in note:

@@ -215,7 +215,7 @@ class Hub(Streams):
             for message in incoming:
                 self._take(message, party)
         except FrameError as error:
-            self._lose(party, f"sent what was refused: {error}")
+            self.lose(party, f"sent what was refused: {error}")
         except Exception:  # the stream broke, of which `_ended` hears
             pass
 
@@ -238,9 +238,9 @@ class Hub(Streams):
             return
         self.inbox[party].closed = True  # nobody waits for room in it any more
         if not (self.leaving and party in self.done):
-            self._lose(party, "its process ended, or does not answer")
+            self.lose(party, "its process ended, or does not answer")
 
-    def _lose(self, party: Party, why: str) -> None:
+    def lose(self, party: Party, why: str) -> None:
         with self.changed:
             if self.patient and not self.complete:
                 if self.joined.pop(party, None) is not None:
@@ -248,7 +248,7 @@ class Hub(Streams):
                     self.done.discard(party)
                     self.say(f"{party} has gone again: {why}")
                 return
-        super()._lose(party, why)
+        super().lose(party, why)
 
     def _take(self, message: bytes, peer: Party) -> None:
         super()._take(message, peer)

@@ -108,7 +108,8 @@ class Streams:
         """Tell all that this party cannot go on."""
         self.tell({"lost": self.party, "why": outside(why)})
 
-    def _lose(self, party: Party, why: str) -> None:
+    def lose(self, party: Party, why: str) -> None:
+        """Tell all that a party is lost, which counts once."""
         if self._failed.acquire(blocking=False):
             for other, out in list(self.outbox.items()):
                 if other != party:
@@ -130,7 +131,7 @@ class Streams:
         except (ValueError, KeyError, RecursionError) as error:
             raise FrameError(f"a note cannot be read: {outside(repr(error), SHOWN)}") from error
         if loss is not None:
-            self._lose(loss[0], outside(loss[1]))
+            self.lose(loss[0], outside(loss[1]))
         elif note.get("farewell"):
             self.done.add(peer)
 
@@ -272,13 +273,13 @@ class Member(Streams):
             for message in self.call:
                 self._take(message, self.hub)
         except FrameError as error:
-            self._lose(self.hub, f"sent what was refused: {error}")
+            self.lose(self.hub, f"sent what was refused: {error}")
         except grpc.RpcError as error:
             if not self.leaving:
-                self._lose(self.hub, f"its process ended, or does not answer ({error.code().name})")
+                self.lose(self.hub, f"its process ended, or does not answer ({error.code().name})")
         else:
             if not self.leaving:
-                self._lose(self.hub, "left before all had said farewell")
+                self.lose(self.hub, "left before all had said farewell")
 
     def _loss(self, note: dict[str, Any], peer: Party) -> tuple[Party, str]:
         if note["lost"] not in self.parties:
@@ -293,7 +294,7 @@ class Member(Streams):
         box.put(message)
         if box.num_bytes > box.most:  # of one stream all must be read: what others send comes behind
             why = f"{sender} has sent {box.num_bytes} bytes ahead, and may send {box.most}"
-            self._lose(sender, why)
+            self.lose(sender, why)
             raise FrameError(why)
 
 

@@ -11,13 +11,14 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from splitlearn.errors import InputError, outside, told_if_full
 from splitlearn.network import SplitNetwork
 from splitlearn.training.checks import check_mode
 
+MEANING = {"data.columns", "data.classes"}  # of inputs and outputs
 FEW = 3  # of what does not fit, so many are named
 
 
@@ -34,13 +35,17 @@ class SafeCheckpointIO(TorchCheckpointIO):
             _sync(unfinished.parent)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        try:
-            checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        except Exception as error:  # what a damaged file raises is up to its bytes
-            raise InputError(f"`ckpt` (={path}) cannot be read ({type(error).__name__}): take another one") from error
-        if "splitlearn" not in checkpoint:
-            raise InputError(f"`ckpt` (={path}) was not saved by splitlearn: take a file of a run's checkpoints folder")
-        return checkpoint
+        return _load(path, "ckpt", map_location)
+
+
+def _load(path: Any, key: str, map_location: Any = None) -> dict[str, Any]:
+    try:
+        checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+    except Exception as error:  # what a damaged file raises is up to its bytes
+        raise InputError(f"`{key}` (={path}) cannot be read ({type(error).__name__}): take another one") from error
+    if "splitlearn" not in checkpoint:
+        raise InputError(f"`{key}` (={path}) was not saved by splitlearn: take a file of a run's checkpoints folder")
+    return checkpoint
 
 
 def _sync(path: Path) -> None:
@@ -52,20 +57,29 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def start_from(path: str, network: SplitNetwork, meaning: Mapping[str, str]) -> None:
+def start_from(path: str, network: SplitNetwork, here: Mapping[str, Any]) -> None:
     """Give `network` the weights of a checkpoint and nothing else of it, wherever its network was cut.
 
+    `here` are the settings of the data that it is for.
+
     Raises InputError, with the names, for weights that do not fit, where they are those of one Alice alone, and where
-    the `meaning` of inputs and outputs was another: names of columns and classes, in order.
+    inputs and outputs meant something else: other columns and classes, or in another order. Warns where the rows were
+    others, or standardised otherwise.
     """
-    checkpoint = SafeCheckpointIO().load_checkpoint(path)
-    for what, here in meaning.items():
-        there = checkpoint["splitlearn"]["kind"].get(what, here)
-        if there != here:
+    checkpoint = _load(path, "weights")
+    there = checkpoint["splitlearn"]["kind"]
+    for what in MEANING & here.keys():
+        if there.get(what, here[what]) != here[what]:
             raise InputError(
-                f"`weights` (={path}) were trained for other `{what}`, {outside(there)}, than {outside(here)}: bring "
-                "them into the order and names of there"
+                f"`weights` (={path}) were trained for other `{what}`, {outside(there[what])}, than "
+                f"{outside(here[what])}: bring them into the order and names of there"
             )
+    if there.get("data.rows") != str(here["data.rows"]):
+        rank_zero_warn(
+            "`weights` were trained on other rows or another split: what is held out here may be known there"
+        )
+    if any(there.get(what) != str(here[what]) for what in ("data.mean", "data.std")):
+        rank_zero_warn("`weights` were trained on rows with another data.mean and data.std than are taken here")
     sharings = checkpoint["splitlearn"]["rounds"]["sharings"].values()
     if any(sharing.get("own") or sharing.get("start") for sharing in sharings):
         raise InputError(

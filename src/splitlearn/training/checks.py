@@ -71,6 +71,9 @@ def check_loss(loss: nn.Module, output: Tensor, num_classes: int, known: bool) -
             f"the model's output has shape {list(output.shape[1:])} per sample, the data {num_classes} classes: "
             f"end the model in a block with {num_classes} outputs"
         )
+    weight = getattr(loss, "weight", None)
+    if isinstance(weight, Tensor) and not bool((weight >= 0).all()):
+        raise ValueError(f"`loss.weight` (={weight.tolist()}) must not be negative: 0 leaves a class out")
     if not known:
         return False
     draws = _try(loss, output)
