@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import ADAM, BLOCKS
+from helpers import ADAM, BLOCKS, Thaw
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.plugins.precision import MixedPrecision
 from runs import (
@@ -176,6 +176,31 @@ def test_early_stopping_goes_on_counting(tmp_path):
     for name in ("5", "7", "10", "15"):
         resumed, _ = run(tmp_path / name, tmp_path / "whole" / f"{name}.ckpt", **case())
         assert difference(resumed, whole) == [], name
+
+
+class Frost(Callback):
+    """Trains Bob's first block in the first epoch alone."""
+
+    def on_train_epoch_start(self, trainer, learner) -> None:
+        learner.network.segments["top"].block3.requires_grad_(trainer.current_epoch == 0)
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "parallel"])
+def test_what_is_frozen_or_unfrozen_in_mid_run_is_so_behind_a_resume(schedule, tmp_path):
+    """In a checkpoint behind the first epoch, too, and in one within the second."""
+    means = {"alice": MeanGradient(), "bob": MeanGradient(), "turn": "step", "local_epochs": 2}
+    chosen = {"schedule": means} if schedule == "parallel" else {}
+
+    def case():
+        return {"callbacks": [Thaw(), Frost()], "num_alices": 2, "make": ADAM, "trainer": {"max_epochs": 3}, **chosen}
+
+    def trained(folder, ckpt=None):
+        end, _ = run(folder, ckpt, **case())
+        return {name: end[name] for name in ("weights", "optimizers", "bytes", "rounds")}  # FLOPs are as of the end
+
+    whole = trained(tmp_path / "whole")
+    for name in ("5", "end0", "15", "end1", "25"):
+        assert difference(trained(tmp_path / name, tmp_path / "whole" / f"{name}.ckpt"), whole) == [], name
 
 
 @pytest.mark.parametrize("max_steps", [4, 10, 13])

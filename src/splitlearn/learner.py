@@ -200,7 +200,7 @@ class SplitLearner(pl.LightningModule):
     def on_train_start(self) -> None:
         self.trainer.callback_metrics.update(self.measured)
         self.stepper = Stepper(self, self.makers, self.clip, self.monitor, self.accumulate)
-        self.rounds.find(self.stepper.optimizers)
+        self.rounds.begin(self.stepper.optimizers)
         self.stepper.waiting = self.accumulated.get("waiting", 0)
         self.rounds.load_gradients(self.accumulated.get("gradients", {}))
         self.judges = [c for c in self.trainer.callbacks if hasattr(c, "on_alice_finished")]  # type: ignore[attr-defined]

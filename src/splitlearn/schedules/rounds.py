@@ -43,11 +43,24 @@ class Rounds:
         self.deferred = [role for role, sharing in self.sharings.items() if sharing.defers]
         self.at_once = [role for role in roles if role not in self.deferred]
         self.personal = isinstance(schedule.alice, Personal)
+        self.wanting: dict[Role, list[str]] = {}  # what wanted a gradient when a checkpoint was saved
 
-    def find(self, optimizers: Mapping[Role, Optimizer] | None = None) -> None:
-        """Before training or evaluation: look the weights up where they are now, and take the optimizers to move."""
+    def begin(self, optimizers: Mapping[Role, Optimizer]) -> None:
+        """Before training: take the optimizers to move, and freeze what was frozen when the checkpoint was saved.
+
+        Callbacks freeze in front of a run what they have unfrozen in the middle of the one that is gone on with.
+        """
+        for role, names in self.wanting.items():
+            for name, parameter in self.weights[role].parameters.items():
+                parameter.requires_grad_(name in names)
+        self.wanting = {}
         for role, weights in self.weights.items():
-            weights.optimizer = (optimizers or {}).get(role, weights.optimizer)
+            weights.optimizer = optimizers.get(role)
+        self.find()
+
+    def find(self) -> None:
+        """Look the weights up where they are now, and which of them are to be trained."""
+        for weights in self.weights.values():
             weights.find()
 
     def present(self, batches: Mapping[Party, Batch]) -> Iterator[tuple[Party, Batch]]:
@@ -129,12 +142,13 @@ class Rounds:
 
     def state_dict(self) -> dict[str, Any]:
         sharings = {role: sharing.state_dict() for role, sharing in self.sharings.items()}
+        wanting = {role: list(weights.wanting) for role, weights in self.weights.items()}
         turns = {"holder": self.holder, "taking": self.taking, "num_rows": self.num_rows, "turns": list(self.turns)}
-        return {**turns, "sharings": sharings}
+        return {**turns, "sharings": sharings, "wanting": wanting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.holder, self.taking, self.num_rows = state["holder"], state["taking"], state["num_rows"]
-        self.turns = dict.fromkeys(state["turns"])
+        self.turns, self.wanting = dict.fromkeys(state["turns"]), state["wanting"]
         for role, sharing in self.sharings.items():
             sharing.load_state_dict(state["sharings"][role])
 

@@ -36,7 +36,7 @@ class RoleWeights:
         self.places = {
             f"{path}.{key}": (part._buffers, key) for path, part in role.named_modules() for key in part._buffers
         }
-        self.trained = {name: value for name, value in self.parameters.items() if value.requires_grad}
+        self.trained = self.wanting
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -49,10 +49,15 @@ class RoleWeights:
         return {**self.parameters, **self.buffers}
 
     @property
+    def wanting(self) -> dict[str, Tensor]:
+        """Those parameters that want a gradient at this moment."""
+        return {name: value for name, value in self.parameters.items() if value.requires_grad}
+
+    @property
     def unheld(self) -> dict[str, Tensor]:
         """Those parameters that want a gradient and are not the optimizer's, so that no step would change them."""
         held = {id(parameter) for parameter in self._parameters()}
-        return {n: value for n, value in self.parameters.items() if value.requires_grad and id(value) not in held}
+        return {name: value for name, value in self.wanting.items() if id(value) not in held}
 
     @property
     def gradients(self) -> dict[str, Tensor]:
