@@ -323,6 +323,18 @@ def test_a_loss_that_draws_or_counts_goes_on_as_if_never_interrupted(loss, tmp_p
         assert all(torch.equal(rarely[name], value) for name, value in whole.items())
 
 
+def test_a_loss_inside_of_which_a_part_counts_in_a_buffer_is_none_of_those():
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Counting(attribute=False)
+
+        def forward(self, output, labels):
+            return self.inner(output, labels)
+
+    assert learner_of(make_data(), Outer()).loss.inner.counted == 0  # a copy was tried
+
+
 def test_one_that_keeps_what_no_checkpoint_has_is_refused():
     with pytest.raises(ValueError, match=r"^`loss` \(=Counting\) makes different things of one output: it keeps"):
         learner_of(make_data(), Counting(attribute=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,14 +61,15 @@ class Segment(nn.Sequential):
             torch.manual_seed(derive(self.seed, "weights", self.labels[name]))
             out = _run(name, block, x)
             try:
-                draws, is_steady = _tried(block, x.detach().requires_grad_(i == 0 and x.is_floating_point()))
+                leaf = x.detach().requires_grad_(i == 0 and x.is_floating_point())  # as it is right behind a cut
+                once, again, draws = run_twice(copy.deepcopy(block).train(), leaf)
                 if draws:
                     drawing.add(name)
                 if not _trains_on(copy.deepcopy(block), x[:1]):
                     averse.add(name)
             except MISFITS as error:
                 raise ValueError(_misfit(name, x, error)) from error
-            if not is_steady:
+            if not are_same(once, again):
                 raise ValueError(
                     f"block `{name}` makes different things of one input: it keeps state in an attribute, which no "
                     "checkpoint has and no Alice hands on (make it a buffer, by register_buffer), or draws by numpy or "
@@ -129,21 +131,28 @@ def _run(name: str, block: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
-def _tried(block: nn.Module, x: Tensor) -> tuple[bool, bool]:
-    """Whether the block draws random numbers when it trains, and whether that is all that may change its output.
+def run_twice(module: nn.Module, *inputs: Tensor) -> tuple[Any, Any, bool]:
+    """Run `module`, a copy that nobody else has, twice with the same inputs, weights, buffers and draws of torch.
 
-    `x` is a leaf, as it is right behind a cut. Twice a copy of the block runs on it with the same weights, buffers and
-    draws of torch.
+    Return what it makes of them once and again, and whether it draws random numbers.
     """
-    block, before = copy.deepcopy(block).train(), torch.get_rng_state()
-    buffers = [copy.deepcopy(part._buffers) for part in block.modules()]
-    once = block(x if x.requires_grad else x.clone())
+    before = torch.get_rng_state()
+    buffers = [copy.deepcopy(part._buffers) for part in module.modules()]
+    once = module(*map(_unshared, inputs))
     draws = not torch.equal(before, torch.get_rng_state())
-    for part, kept in zip(block.modules(), buffers, strict=True):
+    for part, kept in zip(module.modules(), buffers, strict=True):
         part._buffers.update(kept)
     torch.set_rng_state(before)
-    again = block(x)
-    return draws, x.is_meta or torch.equal(once.nan_to_num(), again.nan_to_num())  # of shapes alone nothing is known
+    return once, module(*map(_unshared, inputs)), draws
+
+
+def are_same(once: Tensor, again: Tensor) -> bool:
+    """Whether two results are the same to the bit; of shapes alone nothing is known."""
+    return once.is_meta or torch.equal(once.nan_to_num(), again.nan_to_num())
+
+
+def _unshared(x: Tensor) -> Tensor:
+    return x if x.requires_grad else x.clone()  # which the module may write into
 
 
 @torch.no_grad()

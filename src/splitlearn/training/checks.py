@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from splitlearn.errors import InputError, check_whole
 from splitlearn.layout import Role
 from splitlearn.network import SplitNetwork
+from splitlearn.segment import are_same, run_twice
 
 
 def check_settings(interval: str, clip_val: float | None, steps_per_execution: int, micro_batches: int) -> None:
@@ -112,13 +113,7 @@ def _try(loss: nn.Module, output: Tensor) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # torch only warns of shapes that it stretches to fit
-            tried, before = copy.deepcopy(loss), torch.get_rng_state()
-            buffers = copy.deepcopy(tried._buffers)
-            value = tried(rows, labels)
-            draws = not torch.equal(before, torch.get_rng_state())
-            tried._buffers.update(buffers)
-            torch.set_rng_state(before)
-            again = tried(rows, labels)
+            value, again, draws = run_twice(copy.deepcopy(loss), rows, labels)
     except Exception as error:  # whatever a user's own loss may raise
         shapes = f"an output of shape {list(rows.shape)} and labels of shape {list(labels.shape)}"
         raise ValueError(f"`loss` (={name}) does not take {shapes} ({error}): {cure}") from error
@@ -127,7 +122,7 @@ def _try(loss: nn.Module, output: Tensor) -> bool:
         raise ValueError(f"`loss` (={name}) must be one number, not of {shape}: {cure}")
     if not value.requires_grad:
         raise ValueError(f"`loss` (={name}) has no gradient with respect to the output: {cure}")
-    if not torch.equal(value.nan_to_num(), again.nan_to_num()):
+    if not are_same(value, again):
         raise ValueError(
             f"`loss` (={name}) makes different things of one output: it keeps state in an attribute, which no "
             "checkpoint has (make it a buffer, by register_buffer), or draws by numpy or Python's random (take torch's)"
