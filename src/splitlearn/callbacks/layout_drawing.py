@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from splitlearn.cut import Hop
+from splitlearn.data import SplitData
 from splitlearn.layout import Party
+from splitlearn.learner import SplitLearner
 from splitlearn.network import SplitNetwork
 from splitlearn.schedules.schedule import Schedule
 from splitlearn.schedules.sharing import Handoff
@@ -48,6 +50,12 @@ def draw(network: SplitNetwork, sample: Mapping[str, Tensor], batch_size: int, s
         moved = {**weights.trained, **weights.buffers} if schedule.alice.defers else weights.tensors
         lines.append("  | " + schedule.alice.way.format(f"{sum(v.nbytes for v in moved.values()):,}"))
     return "\n".join(lines)
+
+
+def show(learner: SplitLearner, data: SplitData, sample: Mapping[str, Tensor]) -> None:
+    """Print the drawing of a run for some rows of its data, and the classes that these have."""
+    drawn = draw(learner.network, sample, data.batch_size, learner.schedule)
+    print(drawn, *classes_found(data.labels, data.classes), sep="\n", flush=True)
 
 
 def classes_found(labels: Tensor, classes: Sequence[str] | None) -> list[str]:

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 
-from splitlearn.callbacks.layout_drawing import classes_found, draw
+from splitlearn.callbacks.layout_drawing import show
 from splitlearn.learner import SplitLearner
 
 
@@ -57,5 +57,4 @@ class Drawing(Callback):
         with trainer.precision_plugin.forward_context():
             # What other processes hold is on meta: of it only the shape is drawn.
             fields = {**learner.network.sample, **{name: field.to(learner.device) for name, field in rows.items()}}
-            drawn = draw(learner.network, fields, data.batch_size, learner.schedule)
-        print(drawn, *classes_found(data.labels, data.classes), sep="\n", flush=True)
+            show(learner, data, fields)

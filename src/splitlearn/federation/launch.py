@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from splitlearn.build import as_input_error, build, make, one_line
-from splitlearn.callbacks.layout_drawing import classes_found, draw
+from splitlearn.callbacks.layout_drawing import show
 from splitlearn.callbacks.results import write_whole
 from splitlearn.callbacks.summary import finishing, log_hyperparameters, print_table, quieten
 from splitlearn.certificates import Identity, make_identities
@@ -186,8 +186,7 @@ def _plan(cfg: DictConfig) -> list[Party]:
     plan.logger, plan.callbacks, plan.ckpt, plan.test = {}, {}, None, "last"
     with as_input_error():
         run = build(plan)
-    drawn = draw(run.learner.network, run.data.sample(), run.data.batch_size, run.learner.schedule)
-    print(drawn, *classes_found(run.data.labels, run.data.classes), sep="\n", flush=True)
+    show(run.learner, run.data, run.data.sample())
     return parties_of(run.learner)
 
 
