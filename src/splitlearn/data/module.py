@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
+from inspect import signature
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,7 +17,7 @@ from splitlearn.data.alike import digests
 from splitlearn.data.holdout import hold_out, owners_of, rows_trained_on, still_held
 from splitlearn.data.loader import Augment, EvalLoader, TurnLoader
 from splitlearn.data.own_table import Part, require
-from splitlearn.data.partition import all_rows, by_file, iid
+from splitlearn.data.partition import all_rows, iid
 from splitlearn.data.partition import columns as deal_columns
 from splitlearn.data.rows import (
     Checked,
@@ -117,7 +118,7 @@ class SplitData(pl.LightningDataModule):
             _labels(self.test_rows, source.test, source.num_classes, "test rows")
         self.test_ids = test_ids if source.test is None else torch.arange(len(self.test_rows))
         _check_partition(partition, num_columns)
-        named = {"ids": self.names} if self.ids is not None and _deals(partition) is by_file else {}
+        named = {"ids": self.names} if self.ids is not None and "ids" in signature(partition).parameters else {}
         deal: Callable[..., list[Tensor]] = partial(partition, **named)
         self._deal(dict(zip(takers, deal(self.labels, len(takers), seed), strict=True)), train_ids)
 
@@ -266,8 +267,7 @@ def _rows(
     dataset: Dataset, where: str, prepare: Normalise, in_memory: bool | None, num_workers: int, num_classes: int
 ) -> Rows:
     if in_memory is None:
-        x, _ = Checked(dataset, where)[0]
-        in_memory = 4 * x.numel() * len(dataset) <= FITS_IN_MEMORY  # type: ignore[arg-type]
+        in_memory = 4 * Checked(dataset, where).shape.numel() * len(dataset) <= FITS_IN_MEMORY  # type: ignore[arg-type]
     if in_memory:
         return InMemory(*load(dataset, where), prepare)
     return Streamed(dataset, prepare, num_workers, num_classes, where)
@@ -283,7 +283,7 @@ def _moments(dataset: Dataset, ids: Tensor, mean: object) -> tuple[list[float], 
 
 def _columns(source: Source, num_columns: int, blocks: Sequence[Sequence[int | str]] | None) -> list[Tensor] | None:
     if num_columns > 1:
-        width = Checked(source.train)[0][0].shape[-1]
+        width = Checked(source.train).shape[-1]
         return deal_columns(source.columns if source.columns is not None else width, num_columns, blocks)
     if blocks is not None:
         raise ValueError(
@@ -294,17 +294,12 @@ def _columns(source: Source, num_columns: int, blocks: Sequence[Sequence[int | s
 
 
 def _check_partition(partition: Callable[..., list[Tensor]], num_columns: int) -> None:
-    deals = _deals(partition)
+    deals = getattr(partition, "func", partition)
     if num_columns > 1 and deals not in (iid, all_rows):
         raise ValueError(
             f"`partition` (={getattr(deals, '__name__', deals)}) deals rows, and these Alices own columns: "
             "take partition=columns"
         )
-
-
-def _deals(partition: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-    """The function itself, of which the configuration has filled in some arguments."""
-    return getattr(partition, "func", partition)
 
 
 def _labels(rows: Rows, dataset: Dataset, num_classes: int, where: str) -> Tensor:

@@ -115,20 +115,22 @@ class Checked(Dataset):
 
     def __init__(self, dataset: Dataset, where: str = "data") -> None:
         self.dataset, self.where = dataset, where
-        self.shape: torch.Size | None = None  # a batch's own rows would not tell: all of them may have another one
-        self.shape = self[0][0].shape
+        self.shape = self._read(0)[0].shape  # a batch's own rows would not tell: all of them may have another one
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, row: int) -> tuple[Tensor, Any]:
-        with naming_row(row, self.where):
-            x, y = self.dataset[row]
-            x = torch.as_tensor(x)
-        if self.shape not in (None, x.shape):
+        x, y = self._read(row)
+        if x.shape != self.shape:
             unlike = f"row {row} of the {self.where} has shape {list(x.shape)}, and row 0 {list(self.shape)}"
             raise InputError(f"{unlike}: rows must be of one shape; pad or crop them in the data set")
         return x, y
+
+    def _read(self, row: int) -> tuple[Tensor, Any]:
+        with naming_row(row, self.where):
+            x, y = self.dataset[row]
+            return torch.as_tensor(x), y
 
 
 @contextmanager
