@@ -18,7 +18,7 @@ from splitlearn.errors import InputError, outside, told_if_full
 from splitlearn.network import SplitNetwork
 from splitlearn.training.checks import check_mode
 
-MEANING = {"data.columns", "data.classes"}  # of inputs and outputs
+MEANING = ("data.columns", "data.classes")  # of inputs and outputs
 FEW = 3  # of what does not fit, so many are named
 
 
@@ -67,19 +67,7 @@ def start_from(path: str, network: SplitNetwork, here: Mapping[str, Any]) -> Non
     others, or standardised otherwise.
     """
     checkpoint = _load(path, "weights")
-    there = checkpoint["splitlearn"]["kind"]
-    for what in MEANING & here.keys():
-        if there.get(what, here[what]) != here[what]:
-            raise InputError(
-                f"`weights` (={path}) were trained for other `{what}`, {outside(there[what])}, than "
-                f"{outside(here[what])}: bring them into the order and names of there"
-            )
-    if there.get("data.rows") != str(here["data.rows"]):
-        rank_zero_warn(
-            "`weights` were trained on other rows or another split: what is held out here may be known there"
-        )
-    if any(there.get(what) != str(here[what]) for what in ("data.mean", "data.std")):
-        rank_zero_warn("`weights` were trained on rows with another data.mean and data.std than are taken here")
+    _check_data(path, checkpoint["splitlearn"]["kind"], here)
     sharings = checkpoint["splitlearn"]["rounds"]["sharings"].values()
     if any(sharing.get("own") or sharing.get("start") for sharing in sharings):
         raise InputError(
@@ -104,6 +92,22 @@ def start_from(path: str, network: SplitNetwork, here: Mapping[str, Any]) -> Non
     with torch.no_grad():
         for name, value in ours.items():
             value.copy_(theirs[name])
+
+
+def _check_data(path: str, there: Mapping[str, str], here: Mapping[str, Any]) -> None:
+    """Raises InputError, or warns, where weights of data with the settings `there` are asked to do for those `here`."""
+    for what in MEANING:
+        if what in here and there.get(what, here[what]) != here[what]:
+            raise InputError(
+                f"`weights` (={path}) were trained for other `{what}`, {outside(there[what])}, than "
+                f"{outside(here[what])}: bring them into the order and names of there"
+            )
+    if there.get("data.rows") != str(here["data.rows"]):
+        rank_zero_warn(
+            "`weights` were trained on other rows or another split: what is held out here may be known there"
+        )
+    if any(there.get(what) != str(here[what]) for what in ("data.mean", "data.std")):
+        rank_zero_warn("`weights` were trained on rows with another data.mean and data.std than are taken here")
 
 
 def _by_block(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitlearn.errors import CURE, DivergedError
+from splitlearn.errors import DivergedError
 from splitlearn.layout import Party
 from splitlearn.network import Batch
 from splitlearn.training.accuracy import judged
@@ -25,7 +25,7 @@ class EpochLoss:
         cause: tells of an Alice and her mini-batch why their loss is not finite.
     """
 
-    def __init__(self, cause: Callable[[Party, Batch], str] = lambda alice, batch: CURE) -> None:
+    def __init__(self, cause: Callable[[Party, Batch], str]) -> None:
         self.cause = cause
         self.sums: dict[Party, list[float]] = {}
         self.last = math.nan
