@@ -453,15 +453,15 @@ def delaying(listener: socket.socket, to: int, seconds: float, bytes_per_second:
 
 @pytest.mark.slow
 def test_a_slow_link_takes_as_long_as_the_link_model_predicts(configure, tmp_path):
-    """20 ms and 10 Mbit/s each way, between the processes of Bob and Alice."""
+    """100 ms and 10 Mbit/s each way, between the processes of Bob and Alice: far more than what else they wait for."""
     asked = ["+experiment=digits_2party", "model.hidden_sizes=[256,256]", "trainer.max_epochs=1", "logger=none"]
     quick = ["data.val_fraction=0", "metric=null", "trainer.limit_train_batches=20", "~callbacks.per_alice"]
-    train(configure(*asked, *quick, "link.bandwidth=10Mbit/s", "link.latency=20ms", f"output_dir={tmp_path}/predicted"))
+    train(configure(*asked, *quick, "link.bandwidth=10Mbit/s", "link.latency=100ms", f"output_dir={tmp_path}/predicted"))
     predicted = json.loads((tmp_path / "predicted" / "results.json").read_text())["link"]["seconds"]
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as free:
         proxy, port = listener.getsockname()[1], free.getsockname()[1]
         free.close()
-        delaying(listener, port, 0.02, 10e6 / 8)
+        delaying(listener, port, 0.1, 10e6 / 8)
         own = {"bob": port, "alice0": proxy}
         runs = [
             configure(*asked, *quick, "engine=processes", "wire=grpc", "wire.tls=off", f"engine.party={party}")
@@ -472,7 +472,7 @@ def test_a_slow_link_takes_as_long_as_the_link_model_predicts(configure, tmp_pat
         with ThreadPoolExecutor(2) as threads:
             list(threads.map(train, runs))
     parties = json.loads((tmp_path / "alice0" / "results.json").read_text())["parties"]
-    assert predicted > 20 * 0.04
+    assert predicted > 20 * 0.2
     assert parties["alice0"]["seconds"]["waiting"] == pytest.approx(predicted, rel=0.2)
 
 
