@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision import transforms
 
 from splitlearn.data import Source, SplitData
+from splitlearn.data.alike import look
 from splitlearn.data.loader import EvalLoader, TurnLoader
 from splitlearn.data.partition import all_rows, by_file, columns, quantity
 from splitlearn.data.rows import InMemory, Normalise, Streamed, load
@@ -376,6 +377,56 @@ def test_labels_are_known_in_memory_and_where_the_data_set_tells_them():
 
     assert labels(told, True) == labels(told, False) == labels(silent, True) == y.tolist()
     assert labels(silent, False) == [-1] * 20
+
+
+class Merged(OneByOne):
+    """What a `target_transform` does: these rows' labels are others than the `targets` when they are read."""
+
+    def __init__(self, x, y, changed):
+        super().__init__(x, y)
+        self.targets, self.changed = y.tolist(), changed
+
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return x, (y + 1) % 3 if i in self.changed else y
+
+
+def misfit(told, row):
+    return rf"^{told} must be those in `targets`, by which rows are dealt: row {row} has .* when it is read; take data"
+
+
+def test_labels_that_are_read_are_those_that_are_dealt():
+    """In memory they are those that a DataLoader reads; streamed rows are not read before they are dealt."""
+    x, y = make_rows(20)
+    train, test = Merged(x, y, range(20)), Merged(x[:3], y[:3], [1])
+    ((_, read),) = DataLoader(train, batch_size=20)
+    held = SplitData(Source(train, test, 3), num_alices=3, partition=by_label, in_memory=True, val_fraction=0.0)
+    assert {len(read[shard].unique()) for shard in held.shards.values()} == {1}
+    assert torch.equal(held.labels, read)
+    with pytest.raises(InputError, match=misfit("labels", 0)):
+        SplitData(Source(train, test, 3), in_memory=False)
+    with pytest.raises(InputError, match=misfit("labels of the test rows", 1)):
+        SplitData(Source(TensorDataset(x, y), test, 3), in_memory=False)
+
+
+def test_a_label_that_is_not_read_at_the_start_is_compared_in_mid_run(tmp_path):
+    x, y = make_rows(20)
+    assert not set(look(OneByOne(x, y)).rows) & {1, 4}  # of the rows that are read at the start
+    for training, testing, told, row in (
+        (Merged(x, y, [1]), TensorDataset(x, y), "labels", 1),
+        (TensorDataset(x, y), Merged(x, y, [4]), "labels of the test rows", 4),
+    ):
+        data = SplitData(Source(training, testing, 3), in_memory=False, val_fraction=0.0)
+        trainer, learner = make_trainer(tmp_path), make_learner(data)
+        with pytest.raises(InputError, match=misfit(told, row)):
+            trainer.fit(learner, datamodule=data) if row == 1 else trainer.test(learner, datamodule=data)
+
+
+def test_there_is_one_of_the_targets_for_each_row():
+    rows = Merged(*make_rows(20), [])
+    rows.targets.append(0)
+    with pytest.raises(InputError, match=r"^21 `targets` and 20 rows: take data\."):
+        SplitData(Source(rows, None, 3), in_memory=False)
 
 
 def test_standardised_columns_have_mean_0_and_deviation_1_over_the_training_rows():

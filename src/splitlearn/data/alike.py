@@ -5,23 +5,47 @@ from __future__ import annotations
 from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
+from splitlearn.data.draws import draw, seeded
 from splitlearn.data.rows import Checked, tensors_of
 
 SAMPLED = 8  # rows of a data set that is too large, or too slow, to read as a whole
 
 
-def digests(dataset: Dataset, where: str = "data") -> dict[str, str]:
+class Seen(NamedTuple):
+    """A few rows of a data set by their places.
+
+    `draws` tells whether random numbers are drawn for a row when it is read, or it is another each time; `by_seed`
+    whether it is the same again where torch's, numpy's and random's global generators are.
+    """
+
+    rows: dict[int, tuple[Tensor, Any]]
+    draws: bool
+    by_seed: bool
+
+
+def look(dataset: Dataset, where: str = "data") -> Seen:
+    """Read up to eight rows twice, and again where they differ; none of a data set that is held as tensors."""
+    if tensors_of(dataset) is not None:
+        return Seen({}, False, True)
+    checked = Checked(dataset, where)
+    (rows, drew), (others, _) = (_read(checked, seed) for seed in (0, 1))
+    draws = drew or not _equal(rows, others)
+    return Seen(rows, draws, not draws or _equal(rows, _read(checked, 0)[0]))
+
+
+def digests(dataset: Dataset, seen: Seen) -> dict[str, str]:
     """Return digests of `labels`, in order, of `rows`, in whatever order, and of the `order of rows`.
 
     Of tensors every value counts. Of pictures in folders the names, classes and sizes of all files count, and the bytes
-    of eight of them: two versions of a decoder may give other pixels. Of any other data set eight rows count, if they
-    are the same each time that they are read, and the labels if it has `targets`.
+    of eight of them: two versions of a decoder may give other pixels. Of any other data set eight rows count, if
+    nothing is drawn for them, and the labels if it has `targets`.
     """
     tensors = tensors_of(dataset)
     if tensors is not None:
@@ -29,16 +53,14 @@ def digests(dataset: Dataset, where: str = "data") -> dict[str, str]:
         return {**_labels(labels), **_rows(_bytes(row) for row in torch.as_tensor(x))}
     if isinstance(dataset, ImageFolder) and type(dataset).__getitem__ is ImageFolder.__getitem__:
         paths = [Path(path) for path, _ in dataset.samples]
-        seen = {i: paths[i].read_bytes() for i in _some(len(paths))}
+        opened = {i: paths[i].read_bytes() for i in _some(len(paths))}
         named = (
-            f"{path.relative_to(dataset.root).as_posix()} {path.stat().st_size} ".encode() + seen.get(i, b"")
+            f"{path.relative_to(dataset.root).as_posix()} {path.stat().st_size} ".encode() + opened.get(i, b"")
             for i, path in enumerate(paths)
         )
         return {**_labels(torch.as_tensor(dataset.targets)), **_rows(named)}
     told = _labels(torch.as_tensor(dataset.targets)) if hasattr(dataset, "targets") else {}
-    rows = Checked(dataset, where)
-    once, again = ([_item(rows[i]) for i in _some(len(rows))] for _ in range(2))
-    return {**told, **(_rows(once) if once == again else {})}
+    return told if seen.draws else {**told, **_rows(map(_item, seen.rows.values()))}
 
 
 def _labels(labels: Tensor) -> dict[str, str]:
@@ -53,6 +75,18 @@ def _rows(rows: Iterable[bytes]) -> dict[str, str]:
         total = (total + int.from_bytes(digest, "big")) % 2**64
         order.update(digest)
     return {"rows": f"{total:016x}", "order of rows": order.hexdigest()}
+
+
+def _read(rows: Checked, seed: int) -> tuple[dict[int, tuple[Tensor, Any]], bool]:
+    """Return some rows, and whether they drew numbers: one in ten may be flipped, say, and none of these."""
+    with seeded(seed):
+        first = draw()
+    with seeded(seed):
+        return {i: rows[i] for i in _some(len(rows))}, draw() != first
+
+
+def _equal(rows: dict[int, tuple[Tensor, Any]], others: dict[int, tuple[Tensor, Any]]) -> bool:
+    return all(_item(row) == _item(others[i]) for i, row in rows.items())
 
 
 def _some(length: int) -> list[int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -105,9 +107,10 @@ class TurnLoader:
     def _turns(self, epoch: int, start: int) -> Iterator[Turns]:
         steps = self.steps(self.pace.epoch)
         place = sum(len(step.batches) for step in steps[:start])
+        passes = islice(self._passes(epoch, steps), place, None)
         steps = steps[start:]
         device = self.pace.trainer.strategy.root_device
-        rows = self.rows.stream((ids for step in steps for ids in step.batches.values()), device)
+        rows = self.rows.stream((ids for step in steps for ids in step.batches.values()), device, passes)
         for step in steps:
             batches = {}
             for taker, ids in step.batches.items():
@@ -115,6 +118,14 @@ class TurnLoader:
                 batches[taker] = Batch(ids, self._augmented(next(rows), number), number)
                 place += 1
             yield Turns(batches, step.ends_round, step.finishes)
+
+    def _passes(self, epoch: int, steps: Sequence[Step]) -> Iterator[int]:
+        """Which pass over the taker's rows each mini-batch of these steps belongs to, counted from the first epoch."""
+        read = Counter[Party]()
+        for step in steps:
+            for taker, ids in step.batches.items():
+                yield epoch * self.schedule.local_epochs + read[taker] // len(self.shards[taker])
+                read[taker] += len(ids)
 
     @cached_property
     def _length(self) -> int:

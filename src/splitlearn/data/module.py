@@ -10,10 +10,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from splitlearn.data.alike import digests
+from splitlearn.data.alike import Seen, digests, look
 from splitlearn.data.holdout import hold_out, owners_of, rows_trained_on, still_held
 from splitlearn.data.loader import Augment, EvalLoader, TurnLoader
 from splitlearn.data.own_table import Part, require
@@ -26,7 +27,6 @@ from splitlearn.data.rows import (
     Normalise,
     Rows,
     Streamed,
-    as_labels,
     check_range,
     in_dtype,
     load,
@@ -62,9 +62,10 @@ class SplitData(pl.LightningDataModule):
         standardise: take mean and std, per channel or column of a table, from the training rows.
         augment: batch to batch, in training.
         partition: (labels, number of takers, seed) to row indices for each, every row once.
-        in_memory: hold all rows as tensors; None does so up to 2 GiB.
+        in_memory: hold all rows as tensors; None does so up to 2 GiB, but for training rows of a data set that draws
+            random numbers, an augmentation of its own, say: they are read anew in each epoch.
         num_workers: of the DataLoader that streams rows which are not held in memory.
-        seed: of the splits, the shards and the order.
+        seed: of the splits, the shards, the order, and what is drawn.
 
     Raises ValueError for values outside these ranges, an empty training or test set or shard, and labels out of range.
     """
@@ -95,27 +96,28 @@ class SplitData(pl.LightningDataModule):
         _check(batch_size, eval_batch_size, val_fraction, test_fraction, augment, num_columns)
         self.batch_size, self.eval_batch_size, self.seed, self.augment = batch_size, eval_batch_size, seed, augment
         self.num_classes, self.classes, self.names_of_columns = source.num_classes, source.classes, source.columns
-        self.alike = _alike(source)
+        parts = {"data": source.train} if source.test is None else {"data": source.train, "test rows": source.test}
+        seen = {where: look(part, where) for where, part in parts.items()}
+        self.alike, self.draws = _alike(source, seen), seen["data"].draws
         self.ids: str | None = source.train.ids if isinstance(source.train, Part) else None
         self.names: Sequence[str] = source.train.names if isinstance(source.train, Part) else ()
         self.own_file = source.train.told if isinstance(source.train, Part) else None
         self.lacks: Mapping[int, str] = source.train.lacks if isinstance(source.train, Part) else {}
         fractions = (test_fraction if source.test is None else 0.0, val_fraction)
         test_ids, self.val_ids, train_ids = hold_out(len(source.train), fractions, seed)  # type: ignore[arg-type]
-        for part, where in ((source.train, "data"), (source.test, "test rows")):
+        for where, part in parts.items():
             self._require_finite_values(part, where)  # before a mean makes a whole column of one value
         if standardise:
             mean, std = _moments(source.train, train_ids, mean)
         self.columns = _columns(source, num_columns, columns)
         self.normalised = {"data.mean": mean, "data.std": std}
         prepare = Normalise(mean, std, self.columns)
-        held = (prepare, in_memory, num_workers, source.num_classes)
-        self.rows = _rows(source.train, "data", *held)
-        self.labels = _labels(self.rows, source.train, source.num_classes, "data")
-        self.test_rows = self.rows
-        if source.test is not None:
-            self.test_rows = _rows(source.test, "test rows", *held)
-            _labels(self.test_rows, source.test, source.num_classes, "test rows")
+        hold = {where: _fits(part, seen[where], in_memory) for where, part in parts.items()}
+        hold["data"] = hold["data"] and _hold_what_is_drawn(source.train, seen["data"], in_memory)
+        held = (prepare, num_workers, source.num_classes, seed)
+        rows = {where: _rows(part, where, seen[where], hold[where], *held) for where, part in parts.items()}
+        self.rows, self.test_rows = rows["data"], rows.get("test rows", rows["data"])
+        self.labels = self.rows.labels
         self.test_ids = test_ids if source.test is None else torch.arange(len(self.test_rows))
         _check_partition(partition, num_columns)
         named = {"ids": self.names} if self.ids is not None and "ids" in signature(partition).parameters else {}
@@ -132,7 +134,8 @@ class SplitData(pl.LightningDataModule):
         """The same with all that is done to the rows, by the names of the configuration."""
         batches = {"data.batch_size": self.batch_size, "data.augment": described(self.augment)}
         named = {f"data.{what}": self.alike[what] for what in ("columns", "classes") if what in self.alike}
-        return {"seed": self.seed, **named, **batches, **self.normalised, "data.rows": self._split()}
+        drawn = {"data.in_memory": isinstance(self.rows, InMemory)} if self.draws else {}
+        return {"seed": self.seed, **named, **batches, **self.normalised, **drawn, "data.rows": self._split()}
 
     def _split(self) -> str:
         digest = blake2b(digest_size=4)
@@ -251,26 +254,65 @@ class SplitData(pl.LightningDataModule):
         )
 
 
-def _alike(source: Source) -> dict[str, str]:
+def _alike(source: Source, seen: Mapping[str, Seen]) -> dict[str, str]:
     """What all parties must have alike by its name, in the order in which it is compared: in words, or a digest."""
     names = {"classes": source.classes, "columns": source.columns}
     told = {what: ", ".join(map(str, listed)) for what, listed in names.items() if listed is not None}
     told["number of rows"] = str(len(source.train))  # type: ignore[arg-type]
     if not isinstance(source.train, Part):  # which has some of the columns; its ids are compared
-        told |= digests(source.train)
+        told |= digests(source.train, seen["data"])
     if source.test is not None:
-        told |= {f"{what} for testing": digest for what, digest in digests(source.test, "test rows").items()}
+        tested = digests(source.test, seen["test rows"])
+        told |= {f"{what} for testing": digest for what, digest in tested.items()}
     return told
 
 
+def _fits(dataset: Dataset, seen: Seen, asked: bool | None) -> bool:
+    """Whether to hold rows in memory, by their size unless it is `asked` for."""
+    if asked is not None:
+        return asked
+    x, _ = seen.rows.get(0) or dataset[0]
+    return 4 * torch.as_tensor(x).numel() * len(dataset) <= FITS_IN_MEMORY  # type: ignore[arg-type]
+
+
+def _hold_what_is_drawn(dataset: Dataset, seen: Seen, asked: bool | None) -> bool:
+    """Whether to hold training rows: not those for which random numbers are drawn, unless it is `asked` for."""
+    name = type(dataset).__name__
+    if asked and seen.draws:
+        rank_zero_warn(
+            f"`data.in_memory` (=True) reads each row of {name} once, and the random numbers that it draws stay the "
+            "same in all epochs: with data.in_memory=false they are drawn anew"
+        )
+    elif not seen.by_seed:
+        rank_zero_warn(
+            f"{name} draws random numbers from a generator of its own, which a resumed run does not find where it was: "
+            "draw from torch's, numpy's or random's global one"
+        )
+    return bool(asked) or not seen.draws
+
+
 def _rows(
-    dataset: Dataset, where: str, prepare: Normalise, in_memory: bool | None, num_workers: int, num_classes: int
+    dataset: Dataset,
+    where: str,
+    seen: Seen,
+    in_memory: bool,
+    prepare: Normalise,
+    num_workers: int,
+    num_classes: int,
+    seed: int,
 ) -> Rows:
-    if in_memory is None:
-        in_memory = 4 * Checked(dataset, where).shape.numel() * len(dataset) <= FITS_IN_MEMORY  # type: ignore[arg-type]
+    """Raises InputError for labels that are out of range, or that are not those by which the data set knows rows."""
+    draws_by = seed if seen.draws else None
     if in_memory:
-        return InMemory(*load(dataset, where), prepare)
-    return Streamed(dataset, prepare, num_workers, num_classes, where)
+        held = InMemory(*load(dataset, where, draws_by), prepare)
+        check_range(held.labels, num_classes, where)
+        return held
+    streamed = Streamed(dataset, prepare, num_workers, num_classes, where, draws_by)
+    if seen.rows:
+        streamed.compare(torch.tensor(list(seen.rows)), torch.as_tensor([y for _, y in seen.rows.values()]))
+    if hasattr(dataset, "targets"):
+        check_range(streamed.labels, num_classes, where)
+    return streamed
 
 
 def _moments(dataset: Dataset, ids: Tensor, mean: object) -> tuple[list[float], list[float]]:
@@ -300,18 +342,6 @@ def _check_partition(partition: Callable[..., list[Tensor]], num_columns: int) -
             f"`partition` (={getattr(deals, '__name__', deals)}) deals rows, and these Alices own columns: "
             "take partition=columns"
         )
-
-
-def _labels(rows: Rows, dataset: Dataset, num_classes: int, where: str) -> Tensor:
-    """The label of every row [N], -1 if only reading it would tell; raises InputError for one that is out of range."""
-    if isinstance(rows, InMemory):
-        labels = rows.fields["y"]
-    elif hasattr(dataset, "targets"):
-        labels = as_labels(torch.as_tensor(dataset.targets), where)
-    else:
-        return torch.full((len(rows),), -1)
-    check_range(labels, num_classes, where)
-    return labels
 
 
 def _check(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
+from splitlearn.data.draws import EVALUATION, Drawn, seeded
 from splitlearn.errors import InputError
 from splitlearn.training.stopping import unblock
 
@@ -19,10 +20,16 @@ Fields = dict[str, Tensor]
 """Data fields by name: `x` [B, ...] (or its columns `x0`, `x1`, ...) and `y` [B] int64."""
 Prepare = Callable[[Tensor], Fields]
 AS_TRACED = f"{InputError.__module__}.{InputError.__qualname__}: "  # before its message, in a traceback
+AS_READ = "take data.in_memory=true, which knows labels as they are read, or drop the target_transform"
 
 
 class Rows(Protocol):
     """Rows by index."""
+
+    @property
+    def labels(self) -> Tensor:
+        """The label of every row [N] int64, -1 where only reading it would tell."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -34,8 +41,14 @@ class Rows(Protocol):
         """From now on fields of floating point are of this type; what is held in memory lies on `device`."""
         ...
 
-    def stream(self, batches: Iterable[Tensor], device: torch.device) -> Iterator[Fields]:
-        """Yield the fields of each batch of row indices in turn, on `device`; none where rows were let go of."""
+    def stream(
+        self, batches: Iterable[Tensor], device: torch.device, passes: Iterable[int] | None = None
+    ) -> Iterator[Fields]:
+        """Yield the fields of each batch of row indices in turn, on `device`; none where rows were let go of.
+
+        A data set that draws random numbers does so anew in each of the `passes`, one for each batch; without them it
+        draws what it does in every evaluation.
+        """
         ...
 
 
@@ -82,6 +95,10 @@ class InMemory:
         self.num_rows = len(y)
         self.places: Tensor | None = None  # of each row among those kept, -1 where it is not; None: all are kept
 
+    @property
+    def labels(self) -> Tensor:
+        return self.fields["y"]
+
     def __len__(self) -> int:
         return self.num_rows
 
@@ -99,7 +116,9 @@ class InMemory:
             self.as_read = placed  # no second copy where no bit is lost
         self.fields = placed
 
-    def stream(self, batches: Iterable[Tensor], device: torch.device) -> Iterator[Fields]:
+    def stream(
+        self, batches: Iterable[Tensor], device: torch.device, passes: Iterable[int] | None = None
+    ) -> Iterator[Fields]:
         for rows in batches:
             places = rows if self.places is None else self.places[rows]
             kept = self.fields if self.places is None or int(places.min()) >= 0 else {}
@@ -115,7 +134,8 @@ class Checked(Dataset):
 
     def __init__(self, dataset: Dataset, where: str = "data") -> None:
         self.dataset, self.where = dataset, where
-        self.shape = self._read(0)[0].shape  # a batch's own rows would not tell: all of them may have another one
+        with seeded(0):
+            self.shape = self._read(0)[0].shape  # a batch's own rows would not tell: all of them may have another one
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -146,7 +166,11 @@ def naming_row(row: int, where: str) -> Iterator[None]:
 
 
 class Streamed:
-    """Rows read from a `torch.utils.data.Dataset` by the workers of a DataLoader, for data larger than memory."""
+    """Rows read from a `torch.utils.data.Dataset` by the workers of a DataLoader, for data larger than memory.
+
+    `labels` are the data set's `targets`, where it has them; a row that is read with another is refused. `seed` is that
+    of the random numbers which the data set draws; None: it draws none.
+    """
 
     def __init__(
         self,
@@ -155,12 +179,19 @@ class Streamed:
         num_workers: int = 0,
         num_classes: int | None = None,
         where: str = "data",
+        seed: int | None = None,
     ) -> None:
         self.num_classes, self.where = num_classes, where  # by which labels are checked when they are read
         self.dataset, self.prepare, self.num_workers = Checked(dataset, where), prepare, num_workers
+        self.seed = seed
         self.names: Collection[str] | None = None  # None: all
         self.dtype = torch.float32
         self.kept = torch.ones(len(self.dataset), dtype=torch.bool)
+        self.labels = torch.full((len(self),), -1)
+        if hasattr(dataset, "targets"):
+            self.labels = as_labels(torch.as_tensor(dataset.targets), where)
+            if len(self.labels) != len(self):
+                raise InputError(f"{len(self.labels)} `targets` and {len(self)} rows: {AS_READ}")
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -174,12 +205,20 @@ class Streamed:
     def place(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
 
-    def stream(self, batches: Iterable[Tensor], device: torch.device) -> Iterator[Fields]:
+    def stream(
+        self, batches: Iterable[Tensor], device: torch.device, passes: Iterable[int] | None = None
+    ) -> Iterator[Fields]:
         batches = list(batches)
+        passes = [EVALUATION] * len(batches) if passes is None else passes
         wanted = [bool(self.kept[rows].all()) for rows in batches]
+        places = [
+            rows.tolist() if self.seed is None else [(number, row) for row in rows.tolist()]
+            for rows, number, wants in zip(batches, passes, wanted, strict=True)
+            if wants
+        ]
         loader = DataLoader(
-            self.dataset,
-            batch_sampler=[rows.tolist() for rows, wants in zip(batches, wanted, strict=True) if wants],
+            self.dataset if self.seed is None else Drawn(self.dataset, self.seed),
+            batch_sampler=places,
             num_workers=self.num_workers,
             collate_fn=partial(_collate, num_classes=self.num_classes, where=self.where),
             multiprocessing_context=multiprocessing.get_all_start_methods()[0] if self.num_workers else None,
@@ -187,12 +226,27 @@ class Streamed:
             pin_memory=device.type == "cuda",
         )
         read = iter(loader)
-        for wants in wanted:
+        for rows, wants in zip(batches, wanted, strict=True):
             try:
                 x, y = next(read) if wants else (None, None)
             except InputError as error:  # a worker's has its traceback before the message
                 raise InputError(str(error).strip().splitlines()[-1].removeprefix(AS_TRACED)) from error
-            yield {} if x is None or y is None else self._fields(x, y, device)
+            if x is None or y is None:
+                yield {}
+            else:
+                self.compare(rows, y)
+                yield self._fields(x, y, device)
+
+    def compare(self, rows: Tensor, y: Tensor) -> None:
+        """Raises InputError where labels y [B], as they were read, are not those by which these rows [B] are known."""
+        told, read = self.labels[rows], as_labels(y, self.where)
+        odd = ((told >= 0) & (told != read)).nonzero()
+        if len(odd):
+            i = int(odd[0])
+            raise InputError(
+                f"{_labels_of(self.where)} must be those in `targets`, by which rows are dealt: row {int(rows[i])} has "
+                f"{int(told[i])} there and {int(read[i])} when it is read; {AS_READ}"
+            )
 
     def _fields(self, x: Tensor, y: Tensor, device: torch.device) -> Fields:
         fields = {
@@ -214,13 +268,17 @@ def tensors_of(dataset: Dataset | None) -> tuple[Tensor, ...] | None:
     return dataset.tensors if inherits else None
 
 
-def load(dataset: Dataset, where: str = "data") -> tuple[Tensor, Tensor]:
-    """Read a whole map-style data set of (x, label) into tensors [N, ...] and [N] int64."""
+def load(dataset: Dataset, where: str = "data", seed: int | None = None) -> tuple[Tensor, Tensor]:
+    """Read a whole map-style data set of (x, label) into tensors [N, ...] and [N] int64.
+
+    `seed` is that of the random numbers which the data set draws; None: it draws none.
+    """
     tensors = tensors_of(dataset)
     if tensors is not None:
         return tensors[0], as_labels(tensors[1], where)
     rows = Checked(dataset, where)
-    xs, ys = zip(*(rows[i] for i in range(len(rows))), strict=True)
+    items = (rows[i] if seed is None else Drawn(rows, seed)[EVALUATION, i] for i in range(len(rows)))
+    xs, ys = zip(*items, strict=True)
     return torch.stack(xs), as_labels(torch.as_tensor(ys), where)
 
 
