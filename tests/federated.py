@@ -4,19 +4,17 @@ import json
 import os
 import signal
 import socket
-import sys
 import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from subprocess import Popen
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from commands import Command
 from helpers import make_rows, net, routed, smooth
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
@@ -27,7 +25,6 @@ from splitlearn.data import Source
 from splitlearn.federation.wiring import GlooWiring, NcclWiring
 from splitlearn.train import train
 
-HERE = str(Path(__file__).parent)
 TINY = (
     *("model=custom", "model._target_=federated.tiny", "optimizer=adam", "optimizer.lr=0.01"),
     *("data=digits", "data.source._target_=federated.source"),
@@ -122,33 +119,28 @@ def weights_of(folder: Path, parties: Sequence[str] = ()) -> dict[str, Tensor]:
 
 
 @contextmanager
-def started(folder: Path, *overrides: str) -> Iterator[Callable[..., Popen]]:
+def started(folder: Path, *overrides: str) -> Iterator[Callable[..., Command]]:
     """A function that starts the command of a party of a tiny run, which says in `folder`/PARTY.log what it says."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     common = [*TINY, "engine=processes", *overrides]
-    running: list[Popen] = []
+    running: list[Command] = []
 
-    def start(party: str, *own: str) -> Popen:
+    def start(party: str, *own: str) -> Command:
         where = [f"engine.address={address}", f"engine.party={party}", f"hydra.run.dir={folder}/{party}"]
-        with (folder / f"{party}.log").open("a") as log:
-            running.append(launched(*common, *own, *where, stdout=log, stderr=log))
+        running.append(launched(*common, *own, *where, out=folder / f"{party}.log"))
         return running[-1]
 
     try:
         yield start
     finally:
         for process in running:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.kill()
 
 
-def launched(*overrides: str, **streams: Any) -> Popen:
-    """The command line, in a session of its own."""
-    command = [sys.executable, "-m", "splitlearn.train", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([HERE, *sys.path])}
-    return Popen([*command, *overrides], env=environment, start_new_session=True, text=True, **streams)
+def launched(*overrides: str, out: Path) -> Command:
+    quiet = ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
+    return Command(*quiet, *overrides, cwd=out.parent, out=out)
 
 
 def until(so: Callable[[], object], within: float = 60) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import queue
 import socket
 import threading
@@ -27,8 +26,6 @@ PARTIES = ("bob", "alice0", "alice1")
 RUN = bytes(range(16))
 LIMIT = 2**20  # bytes of a message
 PATIENCE = 15.0  # seconds for what should take none, on a machine that has other work, too
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["splitlearn.federation.wiring"])  # so that a process starts in no time
 
 
 def framed(

@@ -8,7 +8,7 @@ import time
 from itertools import product
 from pathlib import Path
 from random import Random
-from subprocess import PIPE, TimeoutExpired
+from subprocess import TimeoutExpired
 
 import pytest
 from federated import (
@@ -145,12 +145,6 @@ def test_who_evaluates_when_the_last_is_skipped_is_who_had_it_before(configure, 
     assert left["evaluation_bytes"]["alice1->bob"]["activation"] > left["evaluation_bytes"]["alice0->bob"]["activation"]
 
 
-def kill(process) -> None:
-    """The command of a party and the process that plays it, as a host that loses power."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("wire", ["gloo", "grpc"])
 def test_wait_holds_from_the_first_greeting_on(wire, configure, tmp_path):
@@ -161,11 +155,11 @@ def test_wait_holds_from_the_first_greeting_on(wire, configure, tmp_path):
     with started(tmp_path, *asked) as start:
         bob, alice0 = start("bob", *secure("bob")), start("alice0", *secure("alice0"))
         says(tmp_path / "bob.log", "alice0 has come")
-        kill(alice0)
+        alice0.kill()
         says(tmp_path / "bob.log", "alice0 has gone again")
         alice0 = start("alice0", *secure("alice0"))
         says(tmp_path / "bob.log", "alice0 has come", 2)
-        kill(bob)
+        bob.kill()
         says(tmp_path / "alice0.log", "tries again")
         running = [alice0, start("bob", *secure("bob")), start("alice1", *secure("alice1"))]
         assert [process.wait(120) for process in running] == [0, 0, 0], (tmp_path / "alice0.log").read_text()
@@ -238,7 +232,7 @@ def test_a_signal_ends_all_behind_a_snapshot_of_that_moment(wire, party, by, con
 @pytest.mark.parametrize("by", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_one_command_for_all_ends_by_a_signal_in_one_line(engine, by, tmp_path):
     asked = [*TINY, "num_alices=2", *held(tmp_path), f"engine={engine}", f"hydra.run.dir={tmp_path}/run"]
-    process = launched(*asked, stderr=PIPE)
+    process = launched(*asked, out=tmp_path / "log")
     until((tmp_path / "held").exists, 300)
     if by == "SIGINT":
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the processes of all parties
@@ -246,8 +240,8 @@ def test_one_command_for_all_ends_by_a_signal_in_one_line(engine, by, tmp_path):
         process.send_signal(signal.Signals[by])
     time.sleep(1)
     (tmp_path / "go").touch()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.Signals[by]
+    assert process.wait(60) == 128 + signal.Signals[by]
+    said = (tmp_path / "log").read_text()
     assert "Traceback" not in said
     line = rf"^splitlearn: the run was stopped by {SIGNALS[by]} (?:at|behind) mini-batch (\d+)\. .* ckpt=(\S+)$"
     told = re.findall(line, said, re.MULTILINE)
@@ -261,14 +255,14 @@ def test_one_command_for_all_ends_by_a_signal_in_one_line(engine, by, tmp_path):
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once_with_the_snapshot_before(tmp_path):
     asked = [*TINY, "num_alices=2", *held(tmp_path), "engine=processes", f"hydra.run.dir={tmp_path}/run"]
-    process = launched(*asked, "engine.save_every_n_steps=4", "engine.timeout=300", stderr=PIPE)
+    process = launched(*asked, "engine.save_every_n_steps=4", "engine.timeout=300", out=tmp_path / "log")
     until((tmp_path / "held").exists, 300)
     process.send_signal(signal.SIGINT)
     with pytest.raises(TimeoutExpired):
         process.wait(1)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=100)
-    assert process.returncode == 128 + signal.SIGINT
+    assert process.wait(100) == 128 + signal.SIGINT
+    said = (tmp_path / "log").read_text()
     assert "Traceback" not in said
     assert re.search(
         r"^splitlearn: the run was stopped by Ctrl-C at about mini-batch [56]\. .* mini-batch 4, ", said, re.M

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
+from commands import run_command
 from federated import TINY, TOLD, results_of, run_tiny
 from helpers import BLOCKS as NET
 from helpers import make_network
@@ -395,9 +396,9 @@ def test_parties_that_are_started_together_take_the_gpus_of_the_host_in_turn(con
 
 @pytest.mark.slow
 def test_a_sweep_runs_one_federation_after_the_other(tmp_path):
-    command = [sys.executable, "-m", "splitlearn.train", "-m", "+experiment=digits_2party", "engine=processes"]
+    asked = ["-m", "+experiment=digits_2party", "engine=processes"]
     more = ["layout.cut=1,2", "trainer.max_epochs=1", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
-    done = subprocess.run([*command, *more, f"hydra.sweep.dir={tmp_path}"], capture_output=True, text=True)
+    done = run_command(*asked, *more, f"hydra.sweep.dir={tmp_path}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "sweep.csv").read_text().splitlines()
     assert len(lines) == 3
@@ -456,7 +457,9 @@ def test_a_slow_link_takes_as_long_as_the_link_model_predicts(configure, tmp_pat
     """100 ms and 10 Mbit/s each way, between the processes of Bob and Alice: far more than what else they wait for."""
     asked = ["+experiment=digits_2party", "model.hidden_sizes=[256,256]", "trainer.max_epochs=1", "logger=none"]
     quick = ["data.val_fraction=0", "metric=null", "trainer.limit_train_batches=20", "~callbacks.per_alice"]
-    train(configure(*asked, *quick, "link.bandwidth=10Mbit/s", "link.latency=100ms", f"output_dir={tmp_path}/predicted"))
+    train(
+        configure(*asked, *quick, "link.bandwidth=10Mbit/s", "link.latency=100ms", f"output_dir={tmp_path}/predicted")
+    )
     predicted = json.loads((tmp_path / "predicted" / "results.json").read_text())["link"]["seconds"]
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as free:
         proxy, port = listener.getsockname()[1], free.getsockname()[1]

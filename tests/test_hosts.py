@@ -3,11 +3,11 @@
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from uuid import uuid4
 
 import pytest
+from commands import Command
 from federated import results_of
 
 from splitlearn.certificates import make_certificates
@@ -51,9 +51,7 @@ def test_two_hosts_equal_the_simulator(wire, hosts, configure, tmp_path):
     for party, host in hosts.items():
         own = [f"engine.party={party}", f"hydra.run.dir={tmp_path}/{party}", "engine.join_timeout=100"]
         own += [f"wire.certificates={tmp_path}/certificates/{party}"] if wire == "grpc" else []
-        command = ["ip", "netns", "exec", host, sys.executable, "-m", "splitlearn.train", *asked, *quiet, *own]
-        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the simulator has here
-        running.append(subprocess.Popen(command, env=one_thread))
+        running.append(Command(*asked, *quiet, *own, cwd=tmp_path, out=tmp_path / f"{party}.log", host=host))
     assert [process.wait(120) for process in running] == [0, 0]
     train(configure(*asked, f"output_dir={tmp_path}/whole"))
     for party in hosts:

@@ -13,9 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import CONTEXT
 from federated import BesideByGloo
 from helpers import Recorder
-from stars import CONTEXT, PARTIES, PATIENCE, RUN, Ends, gloo_receiver, load
+from stars import PARTIES, PATIENCE, RUN, Ends, gloo_receiver, load
 from torch import Tensor
 
 from splitlearn.certificates import make_certificates

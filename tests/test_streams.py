@@ -18,9 +18,10 @@ from queue import SimpleQueue
 
 import grpc
 import pytest
+from commands import CONTEXT
 from cryptography import x509
 from federated import until
-from stars import CONTEXT, LIMIT, PARTIES, PATIENCE, Ends, Proxy, framed, live, load
+from stars import LIMIT, PARTIES, PATIENCE, Ends, Proxy, framed, live, load
 
 from splitlearn.certificates import Identity, make_certificates
 from splitlearn.errors import InputError

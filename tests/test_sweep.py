@@ -2,10 +2,9 @@
 
 import csv
 import json
-import subprocess
-import sys
 
 import pytest
+from commands import run_command
 from omegaconf import OmegaConf
 
 from splitlearn.callbacks.sweep_table import SweepTable
@@ -56,9 +55,8 @@ def test_a_line_for_each_run_of_this_sweep_in_order_and_a_column_for_each_key_th
 
 
 def test_a_sweep_with_a_failed_run_ends_with_the_table_too(tmp_path):
-    command = [sys.executable, "-m", "splitlearn.train", "-m", "schedule=fedavg", "num_alices=0,2"]
     quiet = ["trainer.fast_dev_run=true", f"hydra.sweep.dir={tmp_path}", "trainer.enable_progress_bar=false"]
-    done = subprocess.run([*command, *quiet], cwd=tmp_path, capture_output=True, text=True)
+    done = run_command("-m", "schedule=fedavg", "num_alices=0,2", *quiet, cwd=tmp_path)
     assert done.returncode == 1
     assert "`num_alices` (=0)" in done.stderr
     with (tmp_path / "sweep.csv").open() as file:

@@ -4,14 +4,15 @@ import importlib.metadata
 import json
 import re
 import resource
-import subprocess
 import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
+from commands import run_command
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -39,9 +40,11 @@ def results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def command(*overrides: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "splitlearn.train", *overrides, "trainer.accelerator=cpu"]
-    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, check=check, timeout=120)
+def command(*overrides: str, cwd: Path, check: bool = True) -> CompletedProcess:
+    done = run_command(*overrides, "trainer.accelerator=cpu", cwd=cwd)
+    if check:
+        done.check_returncode()
+    return done
 
 
 def linear(num_classes: int) -> nn.Module:
