@@ -6,6 +6,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
+import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import BaseFinetuning
@@ -26,6 +27,13 @@ BLOCKS = ("block1", "block2", "block3", "head")
 DRAWING = ("block1", "block3")  # the blocks of `net` with a Dropout
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
 ADAM = partial(torch.optim.Adam, lr=0.01, weight_decay=0.01)
+
+
+def cases(named: Mapping[str, Sequence], slow: Iterable[str]) -> list:
+    """Arguments of a test by the name of the case, some of them for `pytest -m slow` alone."""
+    odd = {*slow} - {*named}
+    assert not odd, odd
+    return [pytest.param(*args, id=name, marks=[pytest.mark.slow] * (name in slow)) for name, args in named.items()]
 
 
 def net() -> nn.Sequential:

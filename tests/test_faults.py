@@ -29,6 +29,8 @@ from splitlearn.certificates import make_certificates
 from splitlearn.errors import InputError
 from splitlearn.federation.processes import PartyLostError
 
+SLOW = pytest.mark.slow
+
 
 def test_stop_says_who_when_and_how_to_go_on(configure, tmp_path):
     asked = ["num_alices=3", "engine=processes", *killer("alice1", 20, tmp_path)]
@@ -45,7 +47,10 @@ def test_stop_says_who_when_and_how_to_go_on(configure, tmp_path):
     assert differences(weights_of(tmp_path / "resumed", ["bob", "alice2"]), weights_of(tmp_path / "whole")) == []
 
 
-@pytest.mark.parametrize(("party", "by"), [("alice1", "SIGKILL"), ("bob", "SIGKILL"), ("alice1", "SIGINT")])
+@pytest.mark.parametrize(
+    ("party", "by"),
+    [("bob", "SIGKILL"), pytest.param("alice1", "SIGKILL", marks=SLOW), pytest.param("alice1", "SIGINT", marks=SLOW)],
+)
 def test_wait_goes_on_as_if_nothing_had_happened(party, by, configure, tmp_path):
     asked = ["num_alices=3", "engine=processes", "engine.on_failure=wait", *killer(party, 25, tmp_path, by)]
     ours = run_tiny(configure, tmp_path / "run", *asked)
@@ -90,7 +95,9 @@ def test_nothing_is_lost_whoever_dies_and_when(name, wire, configure, tmp_path):
     assert ours == run_tiny(configure, tmp_path / "whole", *asked)
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "splitfed_v2", "fedavg"])
+@pytest.mark.parametrize(
+    "schedule", ["sequential", pytest.param("splitfed_v2", marks=SLOW), pytest.param("fedavg", marks=SLOW)]
+)
 def test_skip_goes_on_without_her(schedule, configure, tmp_path):
     asked = ["num_alices=3", f"schedule={schedule}", "engine=processes", "engine.on_failure=skip"]
     left = run_tiny(configure, tmp_path / "run", *asked, *killer("alice1", 12, tmp_path))
@@ -126,8 +133,7 @@ def test_a_dead_party_is_noticed_within_two_seconds(wire, configure, tmp_path):
     assert time.time() - (tmp_path / "killed").stat().st_mtime < 2
 
 
-@pytest.mark.parametrize("wire", ["gloo", "grpc"])
-@pytest.mark.parametrize("party", ["bob", "alice0"])
+@pytest.mark.parametrize(("party", "wire"), [("bob", "grpc"), ("alice0", "gloo")])
 def test_a_program_that_fails_says_how_and_ends_the_run(party, wire, configure, tmp_path):
     breaks = f"+callbacks.breaker={{_target_: federated.Breaker, party: {party}}}"
     with pytest.raises(InputError, match=f"{party}: its program failed by RuntimeError: broken"):
@@ -170,7 +176,7 @@ def test_wait_holds_from_the_first_greeting_on(wire, configure, tmp_path):
 SIGNALS = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM", "SIGHUP": "SIGHUP"}
 
 
-@pytest.mark.parametrize("wire", ["gloo", "grpc"])
+@pytest.mark.parametrize("wire", [pytest.param("gloo", marks=SLOW), "grpc"])
 def test_a_signal_at_a_party_is_agreed_on_with_those_who_are_ahead(wire, configure, tmp_path):
     """alice2, whose turn begins with mini-batch 9, waits there while alice0 trains her second with a slow Bob."""
     asked = ["num_alices=3", "engine=processes", f"wire={wire}", *killer("alice0", 2, tmp_path, "SIGINT")]

@@ -408,8 +408,8 @@ def test_a_sweep_runs_one_federation_after_the_other(tmp_path):
 
 @pytest.mark.slow
 def test_under_torchrun_each_rank_plays_a_party(configure, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m"]
-    asked = ["splitlearn.train", "+experiment=digits_2party", "num_alices=2", "trainer.max_epochs=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    asked = ["splitlearn.train", "+experiment=digits_2party", "trainer.max_epochs=1"]
     more = ["engine=processes", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
     subprocess.run([*command, *asked, *more, f"hydra.run.dir={tmp_path}/run"], check=True)
     train(configure(*asked[1:], f"output_dir={tmp_path}/whole"))

@@ -68,6 +68,7 @@ def serial(tmp_path_factory) -> tuple[list[JobReturn], dict[str, Any]]:
     return sweep(folder), left(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", LAUNCHERS.values(), ids=LAUNCHERS)
 def test_a_parallel_sweep_is_the_serial_one_and_a_failed_job_leaves_the_other(overrides, serial, monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in this process: more may add in another order

@@ -57,13 +57,13 @@ def federated(configure, folder, roots, *asked):
 @pytest.mark.parametrize(
     ("columns", "asked"),
     [
-        ({"alice0": ["weight", "id", "pressure", "age"]}, []),
-        (
+        pytest.param({"alice0": ["weight", "id", "pressure", "age"]}, [], marks=pytest.mark.slow, id="one Alice"),
+        pytest.param(
             {"alice0": ["id", "weight", "age"], "alice1": ["pressure", "id"]},
             ["layout=vertical", "num_alices=2", "partition=columns", "data.columns=[[age,weight],[pressure]]"],
+            id="two Alices",
         ),
     ],
-    ids=["one Alice", "two Alices"],
 )
 def test_parties_with_files_of_their_own_equal_the_simulator_with_one(columns, asked, configure, tmp_path):
     joined = write(tmp_path, "joined.csv", "id", *FEATURES, "diagnosis")

@@ -7,7 +7,7 @@ Lightning itself on the same mini-batches. What only a split run leaves is compa
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers import BLOCKS, SEED, SGD, net
+from helpers import BLOCKS, SEED, SGD, cases, net
 from pytorch_lightning.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from runs import (
     TWO_PARTY,
@@ -91,7 +91,14 @@ def validations(logged):
     return [(step, m["epoch"], m["val/loss"]) for step, m in logged if "val/loss" in m]
 
 
-@pytest.mark.parametrize(("trainer", "callbacks", "end"), SCENARIOS.values(), ids=SCENARIOS)
+SLOW = (
+    *("two epochs", "max_steps beyond an epoch", "a checkpoint every three", "val_check_interval=4"),
+    *("validation every other epoch", "limit_train_batches=0.5", "early stopping after min_epochs"),
+    "stopped in mid-stretch after min_epochs",
+)
+
+
+@pytest.mark.parametrize(("trainer", "callbacks", "end"), cases(SCENARIOS, SLOW))
 def test_stretches_change_nothing(tmp_path, trainer, callbacks, end):
     plain, lightning, logged = train_plain(tmp_path / "plain", callbacks, **trainer)
     assert (lightning.global_step, lightning.current_epoch) == end

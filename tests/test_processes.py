@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from federated import run_tiny, weights_of
-from helpers import differences
+from helpers import cases, differences
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TWO_PARTY = "layout.cut=2"
@@ -74,7 +74,7 @@ def check(asked, holders, wire, configure, tmp_path):
     assert len(left) >= 2
 
 
-@pytest.mark.parametrize(("asked", "holders"), RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(("asked", "holders"), cases(RUNS, slow=["parallel", "fedavg"]))
 def test_processes_equal_the_simulator(asked, holders, configure, tmp_path):
     check(asked, holders, "gloo", configure, tmp_path)
 
@@ -135,28 +135,28 @@ def test_every_scheme_and_layout_equals_the_simulator_over_grpc(asked, holders, 
     check(asked, holders, "grpc", configure, tmp_path)
 
 
+TRAINER = {
+    "TensorBoard": ["schedule=fedavg", "logger=tensorboard", "trainer.log_every_n_steps=3"],
+    "max_steps": ["schedule=fedavg", "trainer.max_steps=15"],  # which ends in mid-round
+    "validation in mid-round": [
+        *("schedule=splitfed_v1", "schedule.turn=2", "trainer.val_check_interval=5", "trainer.max_steps=13"),
+    ],
+    "streamed, clipped, plateau": [
+        *("layout.cut=2", "data.in_memory=false", "trainer.gradient_clip_val=0.1", "scheduler=plateau"),
+    ],
+    "accumulated": [
+        *("layout.cut=2", "trainer.accumulate_grad_batches=3", "callbacks.checkpoint.monitor=val/loss", "test=best"),
+    ],
+    "by value": ["schedule=parallel", "schedule.participation=0.67", *CLIPPED_BY_VALUE],
+    "validation in a round of fedavg": ["schedule=fedavg", "trainer.val_check_interval=5", "trainer.max_epochs=1"],
+    # blocked signals do not hold them
+    "workers": ["data.in_memory=false", "data.num_workers=1", "trainer.max_epochs=1"],
+}
+
+
 @pytest.mark.parametrize(
     "asked",
-    [
-        ["schedule=fedavg", "logger=tensorboard", "trainer.log_every_n_steps=3"],
-        ["schedule=fedavg", "trainer.max_steps=15"],  # which ends in mid-round
-        ["schedule=splitfed_v1", "schedule.turn=2", "trainer.val_check_interval=5", "trainer.max_steps=13"],
-        ["layout.cut=2", "data.in_memory=false", "trainer.gradient_clip_val=0.1", "scheduler=plateau"],
-        ["layout.cut=2", "trainer.accumulate_grad_batches=3", "callbacks.checkpoint.monitor=val/loss", "test=best"],
-        ["schedule=parallel", "schedule.participation=0.67", *CLIPPED_BY_VALUE],
-        ["schedule=fedavg", "trainer.val_check_interval=5", "trainer.max_epochs=1"],
-        ["data.in_memory=false", "data.num_workers=1", "trainer.max_epochs=1"],  # blocked signals do not hold them
-    ],
-    ids=[
-        "TensorBoard",
-        "max_steps",
-        "validation in mid-round",
-        "streamed, clipped, plateau",
-        "accumulated",
-        "by value",
-        "validation in a round of fedavg",
-        "workers",
-    ],
+    cases({name: [asked] for name, asked in TRAINER.items()}, slow=["TensorBoard", "max_steps", "workers"]),
 )
 def test_what_a_trainer_is_asked_holds_for_processes(asked, configure, tmp_path):
     simulated = run_tiny(configure, tmp_path / "simulated", "num_alices=3", *asked)

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import ADAM, BLOCKS, Thaw
+from helpers import ADAM, BLOCKS, Thaw, cases
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.plugins.precision import MixedPrecision
 from runs import (
@@ -154,7 +154,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("case", "names"), CASES.values(), ids=CASES)
+# What each of these has to itself, one of the others has together with something else.
+SLOW = (
+    *("without validation", "validation every five", "validation across epochs", "validation every other epoch"),
+    *("max_steps, validation every five", "max_steps, no validation", "the same, no validation"),
+    *("plateau of the training loss", "five alices, keep", "five alices, reset", "sequential by way of a server"),
+    *("splitfed_v1, keep", "splitfed_v1, carry, some", "splitfed_v2, validation in a round", "splitfed_v3"),
+    *("fedavg by mini-batches", "the same, in a handful of steps", "parallel, personal", "bf16-mixed"),
+    "the same, five alices",
+)
+
+
+@pytest.mark.parametrize(("case", "names"), cases(CASES, SLOW))
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, case, names):
     whole, logged = run(tmp_path / "whole", **case)
     for name in names:
