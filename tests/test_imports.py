@@ -14,7 +14,7 @@ LAYERS = [
     ("errors", "seeds", "certificates"),
     ("layout", "models"),
     ("blocks", "segment", "ledger", "wire", "cut", "network"),  # the spine
-    ("costs",),
+    ("saved", "costs"),
     ("schedules",),
     ("training",),
     ("data",),
@@ -32,7 +32,7 @@ SEE_HYDRA = (
     "train",
     "advise",
 )
-NO_LIGHTNING = ("errors", "layout", "models", "ledger", "segment", "wire", "cut", "network", "costs", "schedules")
+NO_LIGHTNING = ("errors", "layout", "models", "ledger", "segment", "wire", "cut", "network", "saved", "costs", "schedules")
 
 
 def module_of(path: Path) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from splitlearn.layout import Layout, extended_vanilla, multi_hop, two_party, u_shaped, vertical, whole
     from splitlearn.learner import SplitLearner
     from splitlearn.network import SplitNetwork
+    from splitlearn.saved import load
     from splitlearn.schedules import Schedule
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "digits",
     "extended_vanilla",
     "image_folder",
+    "load",
     "mnist",
     "models",
     "multi_hop",
@@ -46,6 +48,7 @@ _PLACES = {
     ),
     "SplitLearner": "learner",
     "SplitNetwork": "network",
+    "load": "saved",
     "Schedule": "schedules",
 }
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from splitlearn.blocks import check_blocks
+from splitlearn.callbacks.model_folder import ModelFolder
 from splitlearn.data import SplitData
 from splitlearn.errors import InputError, outside
 from splitlearn.learner import SplitLearner
@@ -33,6 +36,21 @@ from splitlearn.wire import Wire
 LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
 LONGEST_LINE = 10_000  # characters of an error
 READ_BY_SOURCE = ("source", "root", "download", "image_size", "label", "features", "drop", "encoding", "delimiter")
+# What each host may have in its own way; all the rest must be the same everywhere.
+LOCAL = (
+    *("output_dir", "ckpt", "metric", "logger", "wire.certificates"),
+    *("engine.party", "engine.address", "engine.timeout", "engine.join_timeout"),
+    *(
+        f"callbacks.{name}"
+        for name in ("progress_bar", "layout_drawing", "results", "tensorboard", "interrupt", "checkpoint")
+    ),
+    "callbacks.model_folder.folder",
+    *("data.encoding", "data.delimiter", "data.source.encoding", "data.source.delimiter"),  # of one's own file
+    *("data.root", "data.download", "data.num_workers", "data.in_memory", "data.source.root", "data.source.download"),
+    "data.source.path",
+    *("trainer.accelerator", "trainer.devices", "trainer.enable_progress_bar", "trainer.default_root_dir"),
+    *("trainer.profiler", "trainer.benchmark", "trainer.log_every_n_steps", "trainer.enable_model_summary"),
+)
 MAKING = (
     InstantiationException,
     MisconfigurationException,
@@ -163,6 +181,22 @@ def one_line(error: BaseException) -> str:
     return outside(" ".join(str(error).split()), LONGEST_LINE)
 
 
+def shared_by_all(cfg: DictConfig) -> dict[str, Any]:
+    """Return the keys that must have the same value at every party, flat: `{"optimizer.lr": 0.1}`."""
+    flat = _flatten(OmegaConf.to_container(cfg, resolve=True))
+    return {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{own}.") for own in LOCAL)}
+
+
+def _digest(shared: Mapping[str, Any]) -> str:
+    return blake2b(json.dumps(shared, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+
+
+def _flatten(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    return {key: v for part in value for key, v in _flatten(value[part], f"{name}.{part}" if name else part).items()}
+
+
 def _make_learner(cfg: DictConfig, network: SplitNetwork, schedule: Any, num_classes: int) -> SplitLearner:
     # A role's own entry changes the common optimizer, or replaces it when it says what it is.
     overrides = {
@@ -220,4 +254,8 @@ def _make_callbacks(cfg: DictConfig) -> list[Callback]:
     """Lightning refuses to be given a bar or a checkpoint callback and told to have none."""
     wanted = {ProgressBar: cfg.trainer.enable_progress_bar, Checkpoint: cfg.trainer.enable_checkpointing}
     callbacks = make(cfg.callbacks).values()
+    for callback in callbacks:
+        if isinstance(callback, ModelFolder):
+            callback.model = OmegaConf.to_container(cfg.model)  # type: ignore[assignment]
+            callback.config = _digest(shared_by_all(cfg))
     return [c for c in callbacks if all(keep for kind, keep in wanted.items() if isinstance(c, kind))]

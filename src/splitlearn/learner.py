@@ -104,6 +104,7 @@ class SplitLearner(pl.LightningModule):
         self.clip = {"gradient_clip_val": gradient_clip_val, "gradient_clip_algorithm": gradient_clip_algorithm}
         self.steps_per_execution = steps_per_execution
         self.ledger, self.evaluation = network.wire.ledger, Evaluation(network, self.rounds, self.means)
+        self.final_ledger = Ledger()  # of the weights that are handed out at the end
         self.meter = Meter(network, self.ledger)
         self.num_classes, self.micro_batches = num_classes, micro_batches
         self.accumulate = accumulate_grad_batches

@@ -87,7 +87,7 @@ class SplitNetwork(nn.Module):
         blocks = check_blocks(model)
         check_ties(blocks, layout.stages)
         uses = Counter(name for stage in layout.stages for name in stage.blocks)
-        segments = {stage.name: _segment(stage, blocks, uses, seed) for stage in layout.stages}
+        segments = {stage.name: segment_of(stage, blocks, uses, seed) for stage in layout.stages}
         # Those of other processes are no submodules: they are outlines on meta, which have nothing to save or train.
         self.segments = nn.ModuleDict({s.name: segments[s.name] for s in layout.stages if wire.hosts(s.role)})
         self.owners = {stage.name: stage.role for stage in layout.stages}
@@ -166,10 +166,9 @@ class SplitNetwork(nn.Module):
                     f"{party} has a mini-batch of one: change `data.batch_size`, the partition or the model"
                 )
 
-    def segments_of(self, role: Role) -> dict[str, nn.Module]:
+    def segments_of(self, role: Role) -> dict[str, Segment]:
         """Return the segments of a role, by stage; none where they live in another process."""
-        mine = [stage.name for stage in self.layout.stages if stage.role == role and self.wire.hosts(role)]
-        return {name: self.segments[name] for name in mine}
+        return {stage.name: part for stage, part in self.program if stage.role == role and self.wire.hosts(role)}
 
     def parameters_of(self, role: Role) -> list[nn.Parameter]:
         """Return the parameters of the role that are trained, each once; frozen ones are left out."""
@@ -238,7 +237,7 @@ def join(inputs: list[Tensor]) -> Tensor:
     return inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
 
 
-def _segment(stage: Stage, blocks: Mapping[str, nn.Module], uses: Counter[str], seed: int) -> Segment:
+def segment_of(stage: Stage, blocks: Mapping[str, nn.Module], uses: Counter[str], seed: int) -> Segment:
     """A block that several stages run (the bottoms of a vertical net) is a block of its own in each."""
     memo: dict[int, object] = {}  # what is tied within a bottom is tied within its copy
     mine = {name: copy.deepcopy(blocks[name], memo) if uses[name] > 1 else blocks[name] for name in stage.blocks}

@@ -43,6 +43,9 @@ class Tap(Protocol):
 class Wire:
     """The wire inside one process, which plays every party. Counts the bytes of each payload in its ledger."""
 
+    party: Party | None = None
+    """Whom this process plays alone; None: everybody."""
+
     def __init__(self) -> None:
         self.ledger = Ledger()
         self.taps: list[Tap] = []

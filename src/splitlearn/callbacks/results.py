@@ -16,10 +16,13 @@ from splitlearn.callbacks.tensorboard import has_many_alices
 from splitlearn.costs.flops import clients
 from splitlearn.errors import told_if_full
 from splitlearn.learner import SplitLearner
+from splitlearn.saved.folder import write_whole
 
 
 class Results(Callback):
     """Keeps `results.json`: the epochs so far, the test, bytes and FLOPs of training, seconds. Survives a resume.
+
+    `final_bytes` are those of the weights that were handed out at the end, if any were.
 
     Each epoch has its losses and metrics, and what they had cost by its end: all bytes of training; the FLOPs of all
     Alices together, and of the one that has computed most; seconds, steps.
@@ -85,6 +88,7 @@ class Results(Callback):
             "test": self.test,
             "bytes": learner.ledger.table(),
             "evaluation_bytes": learner.evaluation_ledger.table(),
+            **({"final_bytes": learner.final_ledger.table()} if learner.final_ledger.num_bytes else {}),
             "flops": {party: cost._asdict() for party, cost in flops.items()},
             "macs": {party: cost.macs for party, cost in flops.items()},
             "seconds": round(self.seconds, 3),
@@ -108,15 +112,6 @@ def forget(folder: str | Path, ckpt: str | None) -> None:
     if ckpt is None or not Path(ckpt).resolve().is_relative_to(kept.parent):
         with told_if_full(kept):
             kept.unlink(missing_ok=True)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Under another name first: nobody reads half of a file, and who dies in the middle leaves the old one."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    with told_if_full(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text)
-        unfinished.replace(path)
 
 
 def _measured(trainer: pl.Trainer, prefix: str) -> dict[str, float]:

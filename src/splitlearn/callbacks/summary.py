@@ -14,6 +14,11 @@ from pytorch_lightning.loggers import Logger
 from rich.console import Console
 from rich.table import Table
 
+from splitlearn.saved.loading import FOLDER
+from splitlearn.saved.manifest import MANIFEST
+
+FEW = 8  # parties that are named
+
 # What a table of runs is for; all of a run's configuration stands in its folder.
 COMPARED = (
     "seed",
@@ -63,7 +68,16 @@ def print_table(
     for pair, kinds in num_bytes.items():
         table.add_row(pair, ", ".join(f"{kind} {count:,} bytes" for kind, count in kinds.items()))
     table.add_row("output", str(output_dir))
+    if models := _models_in(Path(output_dir)):
+        table.add_row("models", models)
     Console().print(table)
+
+
+def _models_in(folder: Path) -> str:
+    """Where a run has left model folders, in one line: `outputs/.../{alice0,bob}/model`."""
+    parties = sorted(path.parent.parent.name for path in folder.glob(f"*/{FOLDER}/{MANIFEST}"))
+    some = "*" if len(parties) > FEW else f"{{{','.join(parties)}}}" if len(parties) > 1 else "".join(parties)
+    return str(folder / some / FOLDER) if parties else ""
 
 
 def quieten() -> None:

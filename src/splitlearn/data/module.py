@@ -110,6 +110,7 @@ class SplitData(pl.LightningDataModule):
         if standardise:
             mean, std = _moments(source.train, train_ids, mean)
         self.columns = _columns(source, num_columns, columns)
+        self.is_table = self.columns is not None and len(Checked(source.train).shape) == 1
         self.normalised = {"data.mean": mean, "data.std": std}
         prepare = Normalise(mean, std, self.columns)
         hold = {where: _fits(part, seen[where], in_memory) for where, part in parts.items()}
@@ -136,6 +137,22 @@ class SplitData(pl.LightningDataModule):
         named = {f"data.{what}": self.alike[what] for what in ("columns", "classes") if what in self.alike}
         drawn = {"data.in_memory": isinstance(self.rows, InMemory)} if self.draws else {}
         return {"seed": self.seed, **named, **batches, **self.normalised, **drawn, "data.rows": self._split()}
+
+    def preparation(self, field: str) -> dict[str, Any]:
+        """Return what was done to the rows of an input field: the `mean` and `std` that were taken out of them.
+
+        Each is a list of one number or of one per channel, or None. Where parties own columns, these are their `places`
+        in the whole input, and mean and std, if the input is a table, are those of these columns alone; `columns` are
+        their names, None where they have none.
+        """
+        mean, std = self.normalised["data.mean"], self.normalised["data.std"]
+        names, places = self.names_of_columns, None
+        if self.columns is not None:
+            places = self.columns[int(field[1:])].tolist()
+            names = names if names is None else [names[place] for place in places]
+            if mean is not None and std is not None and len(mean) > 1 and self.is_table:
+                mean, std = [mean[place] for place in places], [std[place] for place in places]
+        return {"mean": mean, "std": std, "columns": names, "places": places}
 
     def _split(self) -> str:
         digest = blake2b(digest_size=4)

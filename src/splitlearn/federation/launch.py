@@ -16,9 +16,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from splitlearn.build import as_input_error, build, make, one_line
+from splitlearn.build import as_input_error, build, make, one_line, shared_by_all
 from splitlearn.callbacks.layout_drawing import show
-from splitlearn.callbacks.results import write_whole
 from splitlearn.callbacks.summary import finishing, log_hyperparameters, print_table, quieten
 from splitlearn.certificates import Identity, make_identities
 from splitlearn.errors import DivergedError, InputError
@@ -28,22 +27,9 @@ from splitlearn.federation.processes import PartyLostError, Play, Post, Processe
 from splitlearn.federation.sealing import SealError
 from splitlearn.federation.wiring import GrpcWiring
 from splitlearn.layout import Party
+from splitlearn.saved.folder import write_whole
 from splitlearn.training.stopping import StoppedError, call_when_stopped
 
-# What each host may have in its own way; all the rest must be the same everywhere.
-LOCAL = (
-    *("output_dir", "ckpt", "metric", "logger", "wire.certificates"),
-    *("engine.party", "engine.address", "engine.timeout", "engine.join_timeout"),
-    *(
-        f"callbacks.{name}"
-        for name in ("progress_bar", "layout_drawing", "results", "tensorboard", "interrupt", "checkpoint")
-    ),
-    *("data.encoding", "data.delimiter", "data.source.encoding", "data.source.delimiter"),  # of one's own file
-    *("data.root", "data.download", "data.num_workers", "data.in_memory", "data.source.root", "data.source.download"),
-    "data.source.path",
-    *("trainer.accelerator", "trainer.devices", "trainer.enable_progress_bar", "trainer.default_root_dir"),
-    *("trainer.profiler", "trainer.benchmark", "trainer.log_every_n_steps", "trainer.enable_model_summary"),
-)
 INTERRUPT, DRAWING = "splitlearn.callbacks.interrupt.Interrupt", "splitlearn.callbacks.progress.Drawing"
 COLUMN_OWNERS = ("vertical", "extended_vanilla")
 # Of these one line says enough.
@@ -113,18 +99,6 @@ def play(text: str, engine: Processes, identity: Identity | None, attempt: Attem
             federation.give_up(why)
         logging.shutdown()
         os._exit(FAILED)  # by force: the threads of the streams would keep it alive, and the others would wait for it
-
-
-def shared_by_all(cfg: DictConfig) -> dict[str, Any]:
-    """Return the keys that must have the same value at every party, flat: `{"optimizer.lr": 0.1}`."""
-    flat = _flatten(OmegaConf.to_container(cfg, resolve=True))
-    return {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{own}.") for own in LOCAL)}
-
-
-def _flatten(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {name: value}
-    return {key: v for part in value for key, v in _flatten(value[part], f"{name}.{part}" if name else part).items()}
 
 
 def _check(cfg: DictConfig, engine: Processes) -> None:

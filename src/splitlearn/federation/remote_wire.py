@@ -55,7 +55,7 @@ class RemoteWire(Wire):
 
     def __init__(self, party: Party) -> None:
         super().__init__()
-        self.party = party
+        self.party: Party = party
         self.device = torch.device("cpu")  # where what arrives goes
         self.overhead: Counter[str] = Counter()
         self.seconds = {"waiting": 0.0, "wire": 0.0}

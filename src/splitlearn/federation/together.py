@@ -81,9 +81,10 @@ class Together(Callback):
     def _tell(self, learner: SplitLearner) -> None:
         wire = self.wire
         learner.rounds.receive_pending()  # nothing else may be under way when notes are told
-        tables = [learner.ledger.table(), learner.evaluation_ledger.table()]
+        ledgers = (learner.ledger, learner.evaluation_ledger, learner.final_ledger)
         own = {"seconds": self.seconds, "overhead_bytes": dict(wire.overhead)}
-        for party, each in zip(wire.parties, wire.gather({"own": own, "tables": tables}), strict=True):
+        gathered = wire.gather({"own": own, "tables": [ledger.table() for ledger in ledgers]})
+        for party, each in zip(wire.parties, gathered, strict=True):
             self.parties[party] = each["own"]
-            for ledger, table in zip((learner.ledger, learner.evaluation_ledger), each["tables"], strict=True):
+            for ledger, table in zip(ledgers, each["tables"], strict=True):
                 ledger.hear(table, party, wire.party)

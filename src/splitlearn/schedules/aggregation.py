@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ class Average(Sharing):
     """
 
     way = "server -> each alice -> server: weights, {} bytes each way a turn"
+    at_server = True
     optimizer_state: str = "reset"
     weighting: str = "samples"
     start: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -85,6 +87,12 @@ class Average(Sharing):
         weights.load(self.aside)
         self.aside = {}
 
+    def agreed(self, tensors: Mapping[str, Tensor], party: Party) -> Mapping[str, Tensor]:
+        return self.start or tensors
+
+    def way_to(self, party: Party) -> list[Party]:
+        return [SERVER] if party == SERVER else [SERVER, party]
+
     def state_dict(self) -> dict[str, Any]:
         means = {"mean": self.mean.state_dict(), "mean_state": self.mean_state.state_dict()}
         return {"start": self.start, "start_state": self.start_state, "kept": self.kept, **means}
@@ -107,6 +115,7 @@ class MeanGradient(Sharing):
     """
 
     defers = True
+    at_server = True
     way = "each alice -> server -> each alice: weight gradients, {} bytes each way a step"
     weighting: str = "samples"
     start: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -126,6 +135,10 @@ class MeanGradient(Sharing):
 
     def begin_evaluation(self, weights: RoleWeights, alice: Party) -> None:
         self._catch_up(weights, alice)
+
+    def way_to(self, party: Party) -> list[Party]:
+        missed = self.abreast is not None and party not in (SERVER, *self.abreast)
+        return [SERVER, party] if missed else [party]
 
     def _catch_up(self, weights: RoleWeights, alice: Party) -> None:
         if self.abreast is not None and alice not in self.abreast:  # she has missed a step

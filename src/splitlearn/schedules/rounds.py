@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from splitlearn.layout import Party, Role
 from splitlearn.network import Batch, SplitNetwork
 from splitlearn.schedules.schedule import Schedule
-from splitlearn.schedules.sharing import Personal
+from splitlearn.schedules.sharing import Personal, Sharing
 from splitlearn.schedules.weights import RoleWeights
 
 
@@ -38,8 +38,8 @@ class Rounds:
         self.gone: frozenset[Party] = frozenset()
         self.step: dict[Party, Batch] = {}  # the one at hand
         roles = [role for role in network.layout.roles if network.wire.hosts(role)]
-        self.sharings = {role: copy.deepcopy(schedule.alice if role == "alice" else schedule.bob) for role in roles}
         self.weights = {role: RoleWeights(role, network.segments_of(role), network.wire) for role in roles}
+        self.sharings = self._new_sharings()
         self.deferred = [role for role, sharing in self.sharings.items() if sharing.defers]
         self.at_once = [role for role in roles if role not in self.deferred]
         self.personal = isinstance(schedule.alice, Personal)
@@ -146,6 +146,13 @@ class Rounds:
         turns = {"holder": self.holder, "taking": self.taking, "num_rows": self.num_rows, "turns": list(self.turns)}
         return {**turns, "sharings": sharings, "wanting": wanting}
 
+    def sharings_of(self, state: dict[str, Any]) -> dict[Role, Sharing]:
+        """Those of a `state_dict` of a checkpoint, beside those of the run."""
+        sharings = self._new_sharings()
+        for role, sharing in sharings.items():
+            sharing.load_state_dict(state["sharings"][role])
+        return sharings
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.holder, self.taking, self.num_rows = state["holder"], state["taking"], state["num_rows"]
         self.turns, self.wanting = dict.fromkeys(state["turns"]), state["wanting"]
@@ -167,6 +174,10 @@ class Rounds:
         """Receive what is under way, before all save their state."""
         for role, weights in self.weights.items():
             self.sharings[role].receive_pending(weights)
+
+    def _new_sharings(self) -> dict[Role, Sharing]:
+        schedule = self.schedule
+        return {role: copy.deepcopy(schedule.alice if role == "alice" else schedule.bob) for role in self.weights}
 
     def _load_bottom_of(self, alice: Party) -> None:
         """Alice's bottom alone, for evaluation, where bottoms are personal."""

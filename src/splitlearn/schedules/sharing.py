@@ -6,6 +6,7 @@ and the running sum. Only `Personal` and `optimizer_state: keep` hold something 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -26,6 +27,8 @@ class Sharing:
     """Whether the optimizer waits for the end of the round."""
     way = ""
     """How an Alice's weights cross, `{}` being their bytes; nothing where they do not."""
+    at_server = False
+    """Whether the server has what all Alices agree on."""
 
     def begin_turn(self, weights: RoleWeights, alice: Party) -> None:
         """Make `weights` what `alice` begins her turn with."""
@@ -44,6 +47,14 @@ class Sharing:
 
     def end_evaluation(self, weights: RoleWeights) -> None:
         """Go on training."""
+
+    def agreed(self, tensors: Mapping[str, Tensor], party: Party) -> Mapping[str, Tensor]:
+        """Return what of the live weights, `tensors`, `party` is left with at the end, if she is not behind."""
+        return tensors
+
+    def way_to(self, party: Party) -> list[Party]:
+        """On which the trained weights come to `party` at the end: from who has them, be it `party` herself."""
+        return [party]
 
     def restore(self, alice: Party | None) -> None:
         """Who had the turn is gone for good; `alice` had it before her, None: nobody who is left."""
@@ -87,8 +98,7 @@ class Handoff(Sharing):
         if self.holder in (None, alice):  # nobody gives the first Alice her first weights
             self.holder = alice
             return
-        giver, self.holder = self.holder, alice
-        way = [giver, alice] if self.handoff == "peer" else [giver, SERVER, alice]
+        way, giver, self.holder = self.way_to(alice), self.holder, alice
         for src, dst in pairwise(way):
             weights.load(weights.carry(weights.tensors, src, dst, "weights"))
             if self.optimizer_state == "carry":
@@ -97,6 +107,11 @@ class Handoff(Sharing):
             self.kept[giver] = weights.own_state()
         if self.optimizer_state != "carry" and weights.at(alice):
             weights.set_state(self.kept.pop(alice, {}))
+
+    def way_to(self, party: Party) -> list[Party]:
+        if self.holder in (None, party):
+            return [party]
+        return [self.holder, party] if self.handoff == "peer" else [self.holder, SERVER, party]
 
     def restore(self, alice: Party | None) -> None:
         self.holder = alice  # who still has what she handed over
@@ -130,6 +145,12 @@ class Personal(Sharing):
         weights.load(mine["weights"])
         weights.set_state(mine["state"])
         self.holder = alice
+
+    def agreed(self, tensors: Mapping[str, Tensor], party: Party) -> Mapping[str, Tensor]:
+        """Her own, and the first ones where she never had a turn."""
+        if self.holder in (None, party):
+            return tensors
+        return self.own[party]["weights"] if party in self.own else self.first
 
     def begin_evaluation(self, weights: RoleWeights, alice: Party) -> None:
         self.before = self.holder

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from splitlearn.errors import InputError, outside, told_if_full
 from splitlearn.network import SplitNetwork
+from splitlearn.schedules.final import Moment
+from splitlearn.schedules.rounds import Rounds
 from splitlearn.training.checks import check_mode
 
 MEANING = ("data.columns", "data.classes")  # of inputs and outputs
@@ -143,6 +145,23 @@ def check_modes(trainer: pl.Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelCheckpoint | EarlyStopping) and callback.monitor is not None:
             check_mode(callback.monitor, callback.mode, f"the `mode` of {type(callback).__name__}")
+
+
+def best_of(trainer: pl.Trainer) -> str | None:
+    """Return the best checkpoint, None where no callback knows of one."""
+    best = monitoring(trainer)
+    return str(best.best_model_path) if best is not None and best.best_model_path else None
+
+
+def moment_of(checkpoint: Mapping[str, Any], rounds: Rounds) -> Moment:
+    """Return the weights that a checkpoint of this run has, and what it knows of sharing, beside those of the run."""
+    state = checkpoint["splitlearn"]
+    known = {**checkpoint["state_dict"], **{f"network.{name}": value for name, value in state["buffers"].items()}}
+    weights = {
+        role: {name: known[f"network.segments.{name}"] for name in live.tensors}
+        for role, live in rounds.weights.items()
+    }
+    return Moment(weights, rounds.sharings_of(state["rounds"]))
 
 
 def tested(trainer: pl.Trainer, which: str) -> str | None:
