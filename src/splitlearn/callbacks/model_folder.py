@@ -20,11 +20,12 @@ from torch import Tensor
 from splitlearn.layout import Role
 from splitlearn.learner import SplitLearner
 from splitlearn.network import join
-from splitlearn.saved.folder import WEIGHTS, named, share_weights, unsaved, write_weights, write_whole
+from splitlearn.saved.folder import WEIGHTS, named, no_tensors, share_weights, unsaved, write_weights, write_whole
 from splitlearn.saved.loading import FOLDER
 from splitlearn.saved.manifest import MANIFEST, Manifest
 from splitlearn.schedules.final import FINAL, Left, Moment, hand_out
 from splitlearn.schedules.sharing import check_choice
+from splitlearn.segment import Segment
 from splitlearn.training.checkpoints import SafeCheckpointIO, best_of, moment_of, monitoring
 from splitlearn.training.checks import check_finite
 
@@ -64,14 +65,18 @@ class ModelFolder(Callback):
             left = list(hand_out(learner.rounds, moment, self.final))
         finally:
             network.wire.ledger = learner.ledger
-        first: dict[tuple[int, ...], tuple[Path, str]] = {}  # of those who have the same tensors, in the simulator
+        described = {role: self._describe(trainer, learner, role) for role in dict.fromkeys(each.role for each in left)}
+        first: dict[Any, tuple[Path, str]] = {}  # of those who have the same tensors, in the simulator
+        self.written = {}
         for each in left:
             place = self.folder / FOLDER if network.wire.party else self.folder / each.party / FOLDER
-            digest = None if each.stale else _write(place, _by_label(learner, each), first)
+            manifest = described[each.role]
+            told = {**weights, "stale": each.stale, "trained_at": each.trained_at, "digest": None, **manifest.weights}
             if each.stale:
                 (place / WEIGHTS).unlink(missing_ok=True)
-            told = {**weights, "stale": each.stale, "trained_at": each.trained_at, "digest": digest}
-            self.written[place] = self._manifest(trainer, learner, each, told, metrics)
+            else:
+                told["digest"] = _write(place, _by_label(learner, each), first)
+            self.written[place] = replace(manifest, party=each.party, weights=told, metrics=metrics)
         self._write_manifests()
 
     def on_test_end(self, trainer: pl.Trainer, learner: SplitLearner) -> None:  # type: ignore[override]
@@ -110,36 +115,30 @@ class ModelFolder(Callback):
         weights = {"of": "best", "step": step, "monitor": callback.monitor, "score": _number(callback.best_model_score)}
         return weights, _measured(checkpoint["splitlearn"]["measured"]), moment_of(checkpoint, rounds)
 
-    def _manifest(
-        self,
-        trainer: pl.Trainer,
-        learner: SplitLearner,
-        left: Left,
-        weights: dict[str, Any],
-        metrics: dict[str, float | None],
-    ) -> Manifest:
+    def _describe(self, trainer: pl.Trainer, learner: SplitLearner, role: Role) -> Manifest:
+        """What all who play a role are told alike."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        classes = getattr(data, "classes", None)
-        segments = learner.network.segments_of(left.role)
-        shapes = _Shapes(trainer, learner)
+        classes, shapes = getattr(data, "classes", None), _Shapes(trainer, learner)
+        segments = learner.network.segments_of(role)
+        _warn_of_other_state(segments)
         return Manifest(
-            party=left.party,
-            role=left.role,
+            party=role,
+            role=role,
             layout=learner.layout,
             run=learner.kind(data),
-            weights={**weights, "unsaved": [name for segment in segments.values() for name in unsaved(segment)]},
+            weights={"unsaved": [name for segment in segments.values() for name in unsaved(segment)]},
             stages={name: shapes.into(name) for name in segments},
             inputs={
-                name: {**shapes.of(name), **(data.preparation(name) if hasattr(data, "preparation") else {})}
+                name: {**shapes.of(name), **data.preparation(name)}
                 for name in learner.layout.fields
-                if learner.layout.owners[name] == left.role
+                if learner.layout.owners[name] == role
             },
-            crosses=list(shapes.crossing(left.role)),
+            crosses=list(shapes.crossing(role)),
             num_classes=learner.num_classes,
             classes=None if classes is None else list(map(str, classes)),
             model=self.model,
             config=self.config,
-            metrics=metrics,
+            metrics={},
             precision=str(trainer.precision),
             versions={
                 "splitlearn": version("splitlearn"),
@@ -177,6 +176,11 @@ class _Shapes:
         return {"shape": list(value.shape[1:]), "dtype": str(dtype).removeprefix("torch.")}
 
 
+def _warn_of_other_state(segments: Mapping[str, Segment]) -> None:
+    if odd := [name for segment in segments.values() for name in no_tensors(segment)]:
+        rank_zero_warn(f"{', '.join(odd)} is no weight and no buffer, and not in the model folder: make a buffer of it")
+
+
 def _by_label(learner: SplitLearner, left: Left) -> dict[str, Tensor]:
     """What a party is left with, by the names of a model folder."""
     weights = learner.rounds.weights[left.role]
@@ -185,9 +189,9 @@ def _by_label(learner: SplitLearner, left: Left) -> dict[str, Tensor]:
     return {label: left.weights[known[id(tensor)]] for segment in segments for label, tensor in named(segment).items()}
 
 
-def _write(place: Path, tensors: Mapping[str, Tensor], first: dict[tuple[int, ...], tuple[Path, str]]) -> str:
+def _write(place: Path, tensors: Mapping[str, Tensor], first: dict[Any, tuple[Path, str]]) -> str:
     """Return the digest of the file."""
-    memory = tuple(tensor.data_ptr() for tensor in tensors.values())
+    memory = tuple((name, tensor.data_ptr()) for name, tensor in tensors.items())
     if memory in first:
         share_weights(place, first[memory][0])
     else:

@@ -68,13 +68,13 @@ def print_table(
     for pair, kinds in num_bytes.items():
         table.add_row(pair, ", ".join(f"{kind} {count:,} bytes" for kind, count in kinds.items()))
     table.add_row("output", str(output_dir))
-    if models := _models_in(Path(output_dir)):
-        table.add_row("models", models)
     Console().print(table)
+    if models := _models_in(Path(output_dir)):
+        print(f"The trained models are in {models}")
 
 
 def _models_in(folder: Path) -> str:
-    """Where a run has left model folders, in one line: `outputs/.../{alice0,bob}/model`."""
+    """Where a run has left model folders, `outputs/.../{alice0,bob}/model`; nothing where it has left none."""
     parties = sorted(path.parent.parent.name for path in folder.glob(f"*/{FOLDER}/{MANIFEST}"))
     some = "*" if len(parties) > FEW else f"{{{','.join(parties)}}}" if len(parties) > 1 else "".join(parties)
     return str(folder / some / FOLDER) if parties else ""

@@ -91,6 +91,12 @@ def unsaved(segment: Segment) -> list[str]:
     return [name for name in named(segment) if name not in kept]
 
 
+def no_tensors(segment: Segment) -> list[str]:
+    """The names of what a `state_dict` has besides, as a block's `get_extra_state` gives it."""
+    known = named(segment)
+    return [label for name in segment.state_dict() if (label := _label(segment, name)) not in known]
+
+
 @torch.no_grad()
 def fill(segments: Iterable[Segment], tensors: Mapping[str, Tensor], where: Path) -> None:
     """Give segments these weights, in their dtype. Raises InputError, with the names, for those that do not fit."""

@@ -43,7 +43,8 @@ def hand_out(rounds: Rounds, moment: Moment, final: str = "all") -> Iterator[Lef
     for role, weights in moment.weights.items():
         sharing = moment.sharings[role]
         for party in _players(rounds, role, sharing):
-            way, own = sharing.way_to(party), sharing.agreed(weights, party)
+            # Another role than alice is played by one party, who keeps all copies at home.
+            way, own = sharing.way_to(party) if role == "alice" else [party], sharing.agreed(weights, party)
             for src, dst in pairwise(way) if final == "all" else ():
                 own = rounds.weights[role].carry(own, src, dst, "weights") or own  # nothing comes to another process
             if wire.plays(party):
