@@ -114,10 +114,10 @@ def segments_of(parts: Sequence[Part], model: Model | None = None) -> dict[str, 
     told = {name: stage for part in parts for name, stage in part.manifest.stages.items()}
     uses = Counter(name for stage in layout.stages for name in stage.blocks)
     try:
-        blocks = check_blocks(_make(parts[0], model))
-        if odd := [name for name in uses if name not in blocks]:
-            raise ValueError(f"it has no block {odd[0]}")
         with torch.random.fork_rng(devices=[]):
+            blocks = check_blocks(_make(parts[0], model))
+            if odd := [name for name in uses if name not in blocks]:
+                raise ValueError(f"it has no block {odd[0]}")
             segments = {
                 stage.name: _shaped(segment_of(stage, blocks, uses, seed=0), **told[stage.name])
                 for stage in layout.stages
