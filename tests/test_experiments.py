@@ -95,6 +95,9 @@ def test_an_experiment_runs_and_leaves_its_results(name, configure, idx_root, mo
     metric = train(cfg)
 
     results = json.loads((tmp_path / "run" / "results.json").read_text())
+    handed_on = {kinds["weights"] for kinds in EXPERIMENTS[name].values() if "weights" in kinds}
+    given = [kinds["weights"] for kinds in results.pop("final_bytes", {}).values()]
+    assert given == [*handed_on] * (cfg.num_alices - 1)  # the last Alice gives hers to all others
     assert set(results) == {"epochs", "test", "bytes", "evaluation_bytes", "flops", "macs", "seconds"}
     assert results["bytes"] == EXPERIMENTS[name]
     promised = {"epoch", "train/loss", "bytes", "client_flops", "client_flops_max", "seconds", "step"}
