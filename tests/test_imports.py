@@ -32,7 +32,19 @@ SEE_HYDRA = (
     "train",
     "advise",
 )
-NO_LIGHTNING = ("errors", "layout", "models", "ledger", "segment", "wire", "cut", "network", "saved", "costs", "schedules")
+NO_LIGHTNING = (
+    "errors",
+    "layout",
+    "models",
+    "ledger",
+    "segment",
+    "wire",
+    "cut",
+    "network",
+    "saved",
+    "costs",
+    "schedules",
+)
 
 
 def module_of(path: Path) -> str:

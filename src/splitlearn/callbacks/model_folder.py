@@ -27,7 +27,7 @@ from splitlearn.schedules.final import FINAL, Left, Moment, hand_out
 from splitlearn.schedules.sharing import check_choice
 from splitlearn.segment import Segment
 from splitlearn.training.checkpoints import SafeCheckpointIO, best_of, moment_of, monitoring
-from splitlearn.training.checks import check_finite
+from splitlearn.training.finite import check_finite
 
 MEASURED = ("val/", "test/")
 
