@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from multiprocessing import util
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
@@ -21,14 +22,22 @@ NETWORK_NAMESPACE = 0x40000000  # CLONE_NEWNET of sched.h
 
 
 class Command:
-    """`splitlearn-train OVERRIDES`, as in a terminal of its own: it has a session, and says what it says to files.
+    """`splitlearn-MODULE OVERRIDES`, as in a terminal of its own: it has a session, and says what it says to files.
 
     `host` is a network namespace that `ip netns add` has made.
     """
 
-    def __init__(self, *overrides: str, cwd: Path, out: Path, err: Path | None = None, host: str | None = None) -> None:
+    def __init__(
+        self,
+        *overrides: str,
+        cwd: Path,
+        out: Path,
+        err: Path | None = None,
+        module: str = "train",
+        host: str | None = None,
+    ) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        args = (overrides, str(cwd), str(out), str(err or out), environment, host)
+        args = (module, overrides, str(cwd), str(out), str(err or out), environment, host)
         self.process = CONTEXT.Process(target=_run, args=args)
         self.process.start()
         self.pid = self.process.pid
@@ -51,10 +60,10 @@ class Command:
         return self.process.exitcode
 
 
-def run_command(*overrides: str, cwd: Path, timeout: float = 120) -> CompletedProcess:
+def run_command(*overrides: str, cwd: Path, module: str = "train", timeout: float = 120) -> CompletedProcess:
     with TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        command = Command(*overrides, cwd=cwd, out=out, err=err)
+        command = Command(*overrides, cwd=cwd, out=out, err=err, module=module)
         try:
             code = command.wait(timeout)
         finally:
@@ -63,7 +72,7 @@ def run_command(*overrides: str, cwd: Path, timeout: float = 120) -> CompletedPr
 
 
 def _run(
-    overrides: tuple[str, ...], cwd: str, out: str, err: str, environment: dict[str, str], host: str | None
+    module: str, overrides: tuple[str, ...], cwd: str, out: str, err: str, environment: dict[str, str], host: str | None
 ) -> None:
     os.setsid()
     os.environ.clear()
@@ -78,11 +87,9 @@ def _run(
             assert ctypes.CDLL(None).setns(namespace.fileno(), NETWORK_NAMESPACE) == 0
     torch.set_num_threads(1)
     util.spawnv_passfds = _fork  # type: ignore[assignment]
-    sys.argv = ["splitlearn-train", *overrides]
-    from splitlearn.train import main
-
+    sys.argv = [f"splitlearn-{module}", *overrides]
     try:
-        main()
+        import_module(f"splitlearn.{module}").main()
     finally:
         atexit._run_exitfuncs()  # which multiprocessing leaves out
 

@@ -21,7 +21,7 @@ LAYERS = [
     ("learner",),
     ("callbacks", "build"),
     ("federation",),
-    ("train", "advise"),  # what one runs
+    ("train", "advise", "predict"),  # what one runs
 ]
 SEE_HYDRA = (
     "build",
@@ -31,6 +31,7 @@ SEE_HYDRA = (
     "federation.launch",
     "train",
     "advise",
+    "predict",
 )
 NO_LIGHTNING = (
     "errors",

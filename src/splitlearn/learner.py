@@ -34,7 +34,7 @@ from splitlearn.training.checks import (
     described,
     warn_of_raw_rows,
 )
-from splitlearn.training.evaluation import Evaluation, Part
+from splitlearn.training.evaluation import Evaluation, Part, Prediction
 from splitlearn.training.finite import cause, check_finite, explained
 from splitlearn.training.losses import MeanLoss
 from splitlearn.training.metrics import EpochLoss
@@ -140,6 +140,9 @@ class SplitLearner(pl.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> list[Part]:  # type: ignore[override]
         return self.evaluation.step(batch, "test", self.trainer.global_step)
 
+    def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:
+        return self.evaluation.predict(batch)
+
     @property
     def evaluation_ledger(self) -> Ledger:
         return self.evaluation.ledger
@@ -236,7 +239,10 @@ class SplitLearner(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
 
-    on_test_start = on_validation_start
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_predict_end(self) -> None:
+        self.evaluation.go_on()
 
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test")

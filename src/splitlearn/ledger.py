@@ -7,7 +7,10 @@ from functools import cache
 
 from splitlearn.layout import Party
 
-KINDS = ("activation", "gradient", "label", "weights", "weight_gradient", "optimizer_state", "metric", "control")
+KINDS = (
+    *("activation", "gradient", "label", "weights", "weight_gradient", "optimizer_state", "metric", "control"),
+    "prediction",
+)
 
 
 class Ledger:

@@ -100,17 +100,21 @@ class SplitNetwork(nn.Module):
 
     def forward(self, batch: Batch, cast: Mapping[Role, Party]) -> Pass:
         """Run the stages of the parties that this process plays; the values of others are on meta."""
-        values = dict(batch.fields)
-        self.wire.number = batch.number[:2]  # what crosses between processes says which mini-batch it is of
-        tape: list[Hop] = []
-        for stage, segment in self.program:
-            inputs = [self._bring(values, name, stage.role, cast, tape) for name in stage.inputs]
-            mine = self.wire.plays(cast[stage.role])
-            values[stage.name] = segment(join(inputs), batch.number) if mine else self._outline(stage, batch)
-        holder, owner = cast[stage.role], cast[self.layout.owners["y"]]
-        labels = values["y"] if "y" in values else elsewhere((len(batch.ids),), torch.int64)
+        output, tape = self._run(batch, cast)
+        holder, owner = self.holder(cast), cast[self.layout.owners["y"]]
+        labels = batch.fields["y"] if "y" in batch.fields else elsewhere((len(batch.ids),), torch.int64)
         labels = labels if owner == holder else self.wire.carry(labels, owner, holder, "label")
-        return values[stage.name], labels, tape
+        return output, labels, tape
+
+    def predict(self, batch: Batch, cast: Mapping[Role, Party], receiver: Party) -> Tensor:
+        """Return the output as `receiver` has it, on meta where another process plays her. No label is asked for."""
+        output, _ = self._run(batch, cast)
+        holder = self.holder(cast)
+        return output if receiver == holder else self.wire.carry(output, holder, receiver, "prediction")
+
+    def holder(self, cast: Mapping[Role, Party]) -> Party:
+        """Return who runs the last stage."""
+        return cast[self.layout.stages[-1].role]
 
     def backward(self, loss: Tensor | None, tape: list[Hop]) -> None:
         """Walk the tape backwards: each gradient crosses its cut to the party that sent the activation.
@@ -195,6 +199,17 @@ class SplitNetwork(nn.Module):
         for name, value in buffers.items():
             path, _, key = name.rpartition(".")
             setattr(self.get_submodule(path), key, value.to(self.get_buffer(name).device))
+
+    def _run(self, batch: Batch, cast: Mapping[Role, Party]) -> tuple[Tensor, list[Hop]]:
+        """The output of the last stage, and the tape of hops."""
+        values = dict(batch.fields)
+        self.wire.number = batch.number[:2]  # what crosses between processes says which mini-batch it is of
+        tape: list[Hop] = []
+        for stage, segment in self.program:
+            inputs = [self._bring(values, name, stage.role, cast, tape) for name in stage.inputs]
+            mine = self.wire.plays(cast[stage.role])
+            values[stage.name] = segment(join(inputs), batch.number) if mine else self._outline(stage, batch)
+        return values[stage.name], tape
 
     def _bring(
         self, values: dict[str, Tensor], name: str, role: Role, cast: Mapping[Role, Party], tape: list[Hop]

@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from splitlearn.layout import Role
 from splitlearn.learner import SplitLearner
@@ -30,6 +30,7 @@ from splitlearn.training.checkpoints import SafeCheckpointIO, best_of, moment_of
 from splitlearn.training.finite import check_finite
 
 MEASURED = ("val/", "test/")
+OUTPUTS: dict[type[nn.Module], str] = {nn.CrossEntropyLoss: "logits", nn.NLLLoss: "log-probabilities"}
 
 
 class ModelFolder(Callback):
@@ -136,6 +137,7 @@ class ModelFolder(Callback):
             crosses=list(shapes.crossing(role)),
             num_classes=learner.num_classes,
             classes=None if classes is None else list(map(str, classes)),
+            output=OUTPUTS.get(type(learner.loss), type(learner.loss).__name__),
             model=self.model,
             config=self.config,
             metrics={},

@@ -213,6 +213,10 @@ class SplitData(pl.LightningDataModule):
     def test_dataloader(self) -> EvalLoader:
         return self._evaluate(self.test_rows, self.test_ids)
 
+    def predict_dataloader(self) -> EvalLoader:
+        """Of the test rows; whose outputs they are, `Prediction.ids` tells."""
+        return self.test_dataloader()
+
     def _smallest(self, num_rows: int, parts: int) -> int:
         """The rows of an Alice's smallest micro-batch, which a short last mini-batch leaves, or a full one."""
         sizes = {min(self.batch_size, num_rows), (num_rows - 1) % self.batch_size + 1}

@@ -210,7 +210,7 @@ def _pictures(folder: Path, image_size: int | None) -> ImageFolder:
     if len(classes) < 2:
         raise ValueError(f"{folder} must hold two class folders or more, not {classes}: give each class a folder")
     for name in classes:  # torchvision would look deeper, and take training/cat/1.png for a picture of a training
-        if not any(_is_picture(file, folder / name) for file in (folder / name).iterdir()):
+        if not any(is_picture(file, folder / name) for file in (folder / name).iterdir()):
             rule = f"each folder in {folder} is a class and must hold pictures ({', '.join(IMG_EXTENSIONS)}) itself"
             raise ValueError(f"{folder / name} holds none: {rule}; fill it or move it away")
     require_one_spelling(dict.fromkeys(classes, str(folder)), "class folder")
@@ -218,7 +218,7 @@ def _pictures(folder: Path, image_size: int | None) -> ImageFolder:
     steps = [] if image_size is None else [transforms.Resize(image_size), transforms.CenterCrop(image_size)]
     prepare = transforms.Compose([*steps, transforms.PILToTensor()])
     pictures = Pictures(
-        str(folder), prepare, loader=_read_rgb, is_valid_file=lambda path: _is_picture(Path(path), folder)
+        str(folder), prepare, loader=_read_rgb, is_valid_file=lambda path: is_picture(Path(path), folder)
     )
     if empty := [path for path, _ in pictures.samples if not os.path.getsize(path)]:  # as a broken copy leaves it
         raise ValueError(f"{empty[0]} cannot be read as a picture (it has no bytes): replace or remove it")
@@ -229,7 +229,7 @@ def _class_folders(folder: Path) -> list[str]:
     return in_order(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
 
 
-def _is_picture(path: Path, folder: Path) -> bool:
+def is_picture(path: Path, folder: Path) -> bool:
     return path.suffix.lower() in IMG_EXTENSIONS and not any(map(_is_hidden, path.relative_to(folder).parts))
 
 
@@ -241,7 +241,7 @@ def _is_hidden(name: str) -> bool:
 def _require_one_size(paths: Sequence[str]) -> None:
     first: dict[tuple[int, int], str] = {}  # the first picture of each size, (W, H) pixels
     for path in paths:
-        with _opened(path) as image:
+        with opened(path) as image:
             first.setdefault(image.size, path)
     if len(first) > 1:
         unlike = " and ".join(f"{path} is {w}x{h}" for (w, h), path in list(first.items())[:2])
@@ -249,7 +249,7 @@ def _require_one_size(paths: Sequence[str]) -> None:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
+def opened(path: str) -> Iterator[Image.Image]:
     """The picture at `path`, header read and pixels not; ValueError with its name for whatever goes wrong inside."""
     try:
         with Image.open(path) as image:
@@ -261,7 +261,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
 
 
 def _read_rgb(path: str) -> Image.Image:
-    with _opened(path) as image:
+    with opened(path) as image:
         return image.convert("RGB")
 
 

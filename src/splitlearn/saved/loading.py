@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from splitlearn.blocks import check_blocks
 from splitlearn.errors import InputError, outside
 from splitlearn.layout import Layout, Party
-from splitlearn.network import join, segment_of
+from splitlearn.network import SplitNetwork, join, segment_of
 from splitlearn.saved.folder import fill, read_weights
 from splitlearn.saved.manifest import MANIFEST, Manifest, read_manifest
 from splitlearn.segment import Segment
+from splitlearn.wire import Wire
 
 FOLDER = "model"
 """A party's model folder within its folder of a run."""
@@ -107,30 +109,50 @@ def check_same_run(one: Part, other: Part) -> None:
             )
 
 
+def network_of(
+    parts: Sequence[Part], sample: Mapping[str, Tensor], wire: Wire | None = None, model: Model | None = None
+) -> SplitNetwork:
+    """Return the split network of these parties in evaluation mode, with their weights; a few rows are the `sample`."""
+    weights = {part.folder: read_weights(part.folder, part.manifest) for part in parts}
+    with _making(parts[0].folder):
+        network = SplitNetwork(_make(parts[0], model), parts[0].manifest.layout, sample, wire)
+    segments = {stage.name: segment for stage, segment in network.program}
+    for part in parts:
+        fill([segments[name] for name in part.manifest.stages], weights[part.folder], part.folder)
+    return network.eval()
+
+
 def segments_of(parts: Sequence[Part], model: Model | None = None) -> dict[str, Segment]:
     """Return the segments of these parties by stage, in the order of the layout, with their weights."""
     layout = parts[0].manifest.layout
     weights = {part.folder: read_weights(part.folder, part.manifest) for part in parts}
     told = {name: stage for part in parts for name, stage in part.manifest.stages.items()}
     uses = Counter(name for stage in layout.stages for name in stage.blocks)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            blocks = check_blocks(_make(parts[0], model))
-            if odd := [name for name in uses if name not in blocks]:
-                raise ValueError(f"it has no block {odd[0]}")
-            segments = {
-                stage.name: _shaped(segment_of(stage, blocks, uses, seed=0), **told[stage.name])
-                for stage in layout.stages
-                if stage.name in told
-            }
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        why, where = outside(" ".join(str(error).split())), parts[0].folder
-        raise InputError(f"the model of {where} cannot be made ({why}): give the trained one, model=...") from error
+    with _making(parts[0].folder):
+        blocks = check_blocks(_make(parts[0], model))
+        if odd := [name for name in uses if name not in blocks]:
+            raise ValueError(f"it has no block {odd[0]}")
+        segments = {
+            stage.name: _shaped(segment_of(stage, blocks, uses, seed=0), **told[stage.name])
+            for stage in layout.stages
+            if stage.name in told
+        }
     for part in parts:
         fill([segments[name] for name in part.manifest.stages], weights[part.folder], part.folder)
     return segments
+
+
+@contextmanager
+def _making(where: Path) -> Iterator[None]:
+    """Raises InputError for a model that cannot be made; leaves the random numbers as they are."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    except InputError:
+        raise
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        why = outside(" ".join(str(error).split()))
+        raise InputError(f"the model of {where} cannot be made ({why}): give the trained one, model=...") from error
 
 
 def _shaped(segment: Segment, shape: Sequence[int], dtype: str, **_: object) -> Segment:
@@ -140,7 +162,7 @@ def _shaped(segment: Segment, shape: Sequence[int], dtype: str, **_: object) -> 
     return segment
 
 
-def _make(part: Part, model: Model | None) -> nn.Module:
+def _make(part: Part, model: Model | None) -> Any:
     if isinstance(model, nn.Module):
         return model
     asked = dict(part.manifest.model or {})

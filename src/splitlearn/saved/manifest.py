@@ -36,6 +36,7 @@ class Manifest:
             and of columns their `places` in the whole input and their names.
         crosses: what she sends or receives: `src` and `dst` (roles), `shape` and `dtype`.
         num_classes, classes: of the labels, and their names where they have some.
+        output: what the loss takes the network's output for: `logits`, `log-probabilities`, or another loss's name.
         model: how the model was asked for, with `_target_`; None where it was made without a configuration.
         config: a digest of the configuration that all parties share, if there was one.
         metrics: of these very weights.
@@ -52,6 +53,7 @@ class Manifest:
     crosses: list[Mapping[str, Any]]
     num_classes: int
     classes: list[str] | None
+    output: str
     model: Mapping[str, Any] | None
     config: str | None
     metrics: Mapping[str, float | None]

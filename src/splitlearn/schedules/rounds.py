@@ -114,17 +114,21 @@ class Rounds:
         The last Alice who trained evaluates a batch; where bottoms are personal, each row goes through its owner's.
         Rows that nobody owns then go through everybody's, and come once for each.
         """
+        for alice, rows in self.by_bottom(batch):
+            output, labels, _ = self.network(rows, self.network.layout.cast(alice))
+            yield alice, rows, output, labels
+
+    def by_bottom(self, batch: Batch) -> Iterator[tuple[Party, Batch]]:
+        """Yield who evaluates and which rows, with her bottom in its place."""
         if not self.personal:
-            output, labels, _ = self.network(batch, self.network.layout.cast(self.holder))
-            yield self.holder, batch, output, labels
+            yield self.holder, batch
             return
         for i, alice in enumerate(self.schedule.takers):
             mine = batch if batch.owners is None else _rows_of(batch, batch.owners == i)
             if len(mine.ids) and alice not in self.gone:
                 self._load_bottom_of(alice)
                 torch.clear_autocast_cache()  # it may hold the half-precision copies of another's weights
-                output, labels, _ = self.network(mine, self.network.layout.cast(alice))
-                yield alice, mine._replace(owners=torch.full_like(labels, i)), output, labels
+                yield alice, mine._replace(owners=torch.full_like(mine.ids, i))
 
     @contextmanager
     def as_of(self, alice: Party) -> Iterator[None]:

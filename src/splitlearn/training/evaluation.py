@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,19 @@ from splitlearn.training.metrics import Tally, means
 
 Part = dict[str, Tensor | None]
 """`output`, `labels` and `owners` of the rows that one Alice has evaluated."""
+
+
+class Prediction(NamedTuple):
+    """The `output` [B, ...] for the rows `ids` [B] int64, their places in the data set.
+
+    Where bottoms are personal a row is predicted by its owner's, or by everybody's if nobody owns it: `owners` [B]
+    int64 are then the places among the takers of those whose bottoms they were. `output` is on meta where the last
+    stage runs in another process.
+    """
+
+    ids: Tensor
+    output: Tensor
+    owners: Tensor | None
 
 
 class Evaluation:
@@ -47,10 +60,26 @@ class Evaluation:
                     parts.append(self._add(alice, rows, output, labels, f"{stage}/loss", num_steps))
         return parts
 
-    def end(self) -> dict[str, Any]:
-        """Go on training. Return loss and accuracy over the rows of all processes."""
+    def predict(self, batch: Batch) -> Prediction:
+        """Return what is made of these rows, where the last stage runs."""
+        layout = self.network.layout
+        found = []
+        for alice, rows in self.rounds.by_bottom(batch):
+            cast = layout.cast(alice)
+            output = self.network.predict(rows, cast, self.network.holder(cast))
+            found.append(Prediction(rows.ids, output, rows.owners if self.rounds.personal else None))
+        if len(found) == 1:
+            return found[0]
+        return Prediction(*(torch.cat([part[i] for part in found]) for i in range(3)))  # type: ignore[misc]
+
+    def go_on(self) -> None:
+        """Go on training."""
         self.rounds.end_evaluation()
         self.network.wire.ledger = self.trained
+
+    def end(self) -> dict[str, Any]:
+        """Go on training. Return loss and accuracy over the rows of all processes."""
+        self.go_on()
         holder = self.network.layout.stages[-1].role
         return means(self.network.wire.gather_by_alice(self.tally.values(), holder))
 
