@@ -1,5 +1,6 @@
 """One cut in a graph: the receiver's graph starts in a leaf, and the gradient finds its way back."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -36,6 +37,35 @@ def test_the_receiver_gets_a_leaf_with_the_values_and_not_the_graph():
     assert torch.equal(hop.received, sent)
     assert hop.received.is_leaf
     assert hop.received.requires_grad
+
+
+class Halves(Wire):
+    """What a codec of a user's own may do: it computes on the way, and leaves a graph behind or none."""
+
+    def __init__(self, graph: bool) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def carry(self, tensor, src, dst, kind):
+        with torch.set_grad_enabled(self.graph):
+            return super().carry(tensor.half(), src, dst, kind).float()
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_wire_that_computes_leaves_the_bottom_its_gradient(graph):
+    bottom, top = bottom_and_top()
+    cut = CutLayer(Halves(graph))
+    hop = cut(bottom(X), "alice0", "bob")
+    run_backward(top(hop.received).square().mean())
+    cut.backward(hop)
+    plain, plain_top = bottom_and_top()
+    sent = plain(X)
+    received = sent.detach().half().float().requires_grad_()
+    plain_top(received).square().mean().backward()
+    sent.backward(received.grad.half().float())
+    pairs = zip([*bottom.parameters(), *top.parameters()], [*plain.parameters(), *plain_top.parameters()], strict=True)
+    assert all(torch.equal(ours.grad, theirs.grad) for ours, theirs in pairs)
+    assert cut.wire.ledger.table() == {"alice0->bob": {"activation": 16}, "bob->alice0": {"gradient": 16}}
 
 
 def test_activation_and_gradient_cross_once_each():

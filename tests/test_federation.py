@@ -89,7 +89,7 @@ ALIKE = {
         ({"layout": "U"}, "`layout` is L at bob and U at alice0"),
         ({"config": {"optimizer.lr": 0.2}}, "`optimizer.lr` is 0.1 at bob and 0.2 at alice0"),
         ({"config": {"optimizer.lr": 0.1, "seed": 1}}, "`seed` is None at bob and 1 at alice0"),
-        ({"resumes": True}, "`resumes` is False at bob and True at alice0"),
+        ({"resumes": True}, "`start` is anew at bob and behind a run \\(`ckpt`\\) at alice0"),
         (
             {"alike": {**ALIKE, "classes": "cat, ship"}},
             "`classes` is cat, dog at bob and cat, ship at alice0: give both",

@@ -196,7 +196,7 @@ def test_what_would_be_refused_is_not_packed(change, message):
         (9, b"\1", r"`phase, cut and codec` \(=\(1, 0, 0\)\) must be \(0, 0, 0\)"),
         (48, b"\1", r"`phase, cut and codec` \(=\(0, 1, 0\)\) must be \(0, 0, 0\)"),
         (49, b"\1", r"`phase, cut and codec` \(=\(0, 0, 1\)\) must be \(0, 0, 0\)"),
-        (8, b"\x08", r"`kind's code` \(=8\) must be at most 7"),
+        (8, b"\x09", r"`kind's code` \(=9\) must be at most 8"),
         (50, b"\x0a", r"`dtype's code` \(=10\) must be at most 9"),
         (51, b"\x09", r"`dimensions` \(=9\) must be at most 8"),
         (52, b"\xff", r"`shape` \(=\(-\d+, 3\)\) must be of no negative number"),

@@ -288,3 +288,16 @@ def test_those_of_a_test_file_are_warned_of_too(tmp_path):
         UserWarning, match=f"^{re.escape(str(test))}: column age has {BEYOND}, which as float32 is {2**24}"
     ):
         table(write(tmp_path, PATIENTS), "diagnosis", test)
+
+
+def test_a_column_far_from_mean_0_and_deviation_1_is_warned_of(tmp_path, recwarn):
+    rows = [f"{i % 3},{100 + i},{'ab'[i % 2]}" for i in range(40)]
+    (tmp_path / "t.csv").write_text("\n".join(["small,large,y", *rows]))
+    source = table(tmp_path / "t.csv", "y")
+    recwarn.clear()
+    SplitData(source, standardise=True)
+    assert recwarn.list == []
+    with pytest.warns(
+        UserWarning, match=r"^column large has values around 12\d, far from mean 0 .* data\.standardise=true$"
+    ):
+        SplitData(source)

@@ -31,15 +31,26 @@ class CutLayer(nn.Module):
         self.wire = wire
 
     def forward(self, smashed: Tensor, sender: Party, receiver: Party) -> Hop:
-        return Hop(sender, receiver, smashed, self.wire.carry(smashed, sender, receiver, "activation"))
+        received = self.wire.carry(smashed, sender, receiver, "activation")
+        return Hop(sender, receiver, smashed, leaf(received, smashed))
 
     def backward(self, hop: Hop) -> None:
+        """Send the gradient back; `SplitNetwork.backward` does so for each hop, the last first."""
         # A bottom that is frozen or has no parameters wants no gradient, so none is sent.
         if not (hop.sent.requires_grad or hop.received.requires_grad):
             return
         gradient = self.wire.carry(_gradient(hop), hop.receiver, hop.sender, "gradient")
         if hop.sent.requires_grad:
             run_backward(hop.sent, gradient)
+
+
+def leaf(received: Tensor, sent: Tensor) -> Tensor:
+    """What was received as the start of a graph, also where a wire has computed it and the result hangs on others."""
+    if received.is_meta or sent.is_meta:  # another process has one of them
+        return received if received.is_leaf else received.detach().requires_grad_()
+    if received.is_leaf and received.requires_grad == sent.requires_grad:
+        return received
+    return received.detach().requires_grad_(sent.requires_grad)
 
 
 def _gradient(hop: Hop) -> Tensor:

@@ -63,7 +63,8 @@ class Wire:
         """Bring `tensor` from `src` to `dst` and return what `dst` receives: same shape and dtype, no graph.
 
         An activation wants a gradient where the one that was sent does. Where `src` lives elsewhere, `tensor` tells the
-        shape alone; where `dst` does, what is returned does.
+        shape alone; where `dst` does, what is returned does. A codec packs and unpacks in `_move`, which each engine
+        has its own of: `RemoteWire` sends there what `Wire` hands over.
 
         Raises ValueError for a `kind` that the ledger does not know.
         """

@@ -70,7 +70,7 @@ def print_table(
     table.add_row("output", str(output_dir))
     Console().print(table)
     if models := _models_in(Path(output_dir)):
-        print(f"The trained models are in {models}")
+        print(f"The trained models are in {models}: splitlearn.load('{output_dir}') reads them")
 
 
 def _models_in(folder: Path) -> str:

@@ -38,6 +38,7 @@ from splitlearn.errors import InputError
 from splitlearn.layout import Layout, Party, Role, whole
 from splitlearn.training.checks import described
 
+FAR = 10.0  # a column's root mean square of which is warned
 FITS_IN_MEMORY = 2 * 1024**3  # bytes of float32; larger data sets are streamed unless `in_memory` says otherwise
 
 
@@ -109,6 +110,8 @@ class SplitData(pl.LightningDataModule):
             self._require_finite_values(part, where)  # before a mean makes a whole column of one value
         if standardise:
             mean, std = _moments(source.train, train_ids, mean)
+        elif mean is None and source.columns is not None:
+            _warn_of_scale(source, train_ids)
         self.columns = _columns(source, num_columns, columns)
         self.is_table = self.columns is not None and len(Checked(source.train).shape) == 1
         self.normalised = {"data.mean": mean, "data.std": std}
@@ -334,6 +337,19 @@ def _rows(
     if hasattr(dataset, "targets"):
         check_range(streamed.labels, num_classes, where)
     return streamed
+
+
+def _warn_of_scale(source: Source, ids: Tensor) -> None:
+    """Warn of the column of a table that is farthest from what a network learns well from."""
+    tensors = tensors_of(source.train)
+    if tensors is None or source.columns is None:
+        return
+    size = tensors[0][ids].double().square().mean(dim=0).sqrt().nan_to_num()  # NaN: a file of one's own lacks it
+    if float(size.max()) > FAR:
+        rank_zero_warn(
+            f"column {source.columns[int(size.argmax())]} has values around {float(size.max()):.3g}, far from mean 0 "
+            "and deviation 1, from which networks learn badly: take data.standardise=true"
+        )
 
 
 def _moments(dataset: Dataset, ids: Tensor, mean: object) -> tuple[list[float], list[float]]:

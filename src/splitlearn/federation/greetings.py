@@ -39,7 +39,8 @@ def check_greeting(
     for key in sorted({*ours["config"], *theirs["config"]}):
         both.compare(key, ours["config"].get(key), theirs["config"].get(key), "all must be started with the same")
     _check_proof(ours, theirs, ca)
-    both.compare("resumes", ours["resumes"], theirs["resumes"], "they must be the same")
+    starts = {True: "behind a run (`ckpt`)", False: "anew"}
+    both.compare("start", starts[ours["resumes"]], starts[theirs["resumes"]], "give all the same `ckpt`, or none")
     both.compare_ids(names)
     both.compare_data()  # before what follows from it: other classes make another model
     for key in ("layout", "model", "num_alices", "schedule"):

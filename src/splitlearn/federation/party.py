@@ -288,7 +288,7 @@ class Federation:
         return most
 
     def _lost(self, party: Party, why: str) -> None:
-        """Nothing can be done here: what counts is on disk. The process that started this one knows how to go on."""
+        """Nothing can be done here: what counts is on disk. `Processes.launch`, which started this one, may go on."""
         if self.halt.who is None:
             self._exit(party, why, LOST)
         else:  # who ends now does so since another was stopped

@@ -152,8 +152,10 @@ def check_kind(ours: Mapping[str, str], theirs: Mapping[str, str]) -> None:
         if theirs.get(what, value) != value
     ]
     if differing:
+        period = " (a cosine's `scheduler.scheduler.T_max` is trainer.max_epochs, unless it is given)"
         raise InputError(
-            f"`ckpt` is of another run: {'; '.join(differing)}: resume with what the checkpoint has, or take `weights` "
+            f"`ckpt` is of another run: {'; '.join(differing)}: resume with what the checkpoint has"
+            f"{period if any('T_max' in told for told in differing) else ''}, or take `weights` "
             "in place of `ckpt` to start from its weights alone"
         )
 
