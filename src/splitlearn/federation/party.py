@@ -21,8 +21,8 @@ from splitlearn.federation.greetings import (
     agree,
     answer_with,
     check_columns,
-    check_initial,
     check_greeting,
+    check_initial,
     check_welcome,
     warn_of_threads,
 )
