@@ -36,7 +36,7 @@ TINY = (
 # What a greeting must have besides what is compared.
 TOLD = {
     **{"run": None, "snapshots": {}, "common": [], "nonce": "", "threads": 1, "certificate": None, "gpu": None},
-    **{"alike": {}, "file": None},
+    **{"alike": {}, "file": None, "initial": None},
 }
 
 

@@ -73,6 +73,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "    def __getitem__(self, i): return torch.rand(1, 8, 8), i % 3\n"
     )
     (here / "my_module.py").write_text(f"import torch\n{model}\n{data}")
+    with initialize_config_dir(CONF, version_base="1.3"):
+        train(compose("train", ["+experiment=digits_2party", *FEW, *QUIET, f"output_dir={here}/my_run"]))
     return here
 
 

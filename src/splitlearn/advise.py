@@ -29,7 +29,8 @@ from splitlearn.callbacks.summary import quieten
 from splitlearn.costs.by_cut import Cut, Terms, compare, measure
 from splitlearn.data import Source
 from splitlearn.errors import InputError
-from splitlearn.layout import whole
+from splitlearn.layout import CHAIN, whole
+from splitlearn.ledger import is_alice
 from splitlearn.schedules.schedule import Schedule
 from splitlearn.train import CONF
 
@@ -149,6 +150,8 @@ def _find(cfg: DictConfig) -> Facts:
         cfg.partition = IID  # uncut, nobody owns columns
     cfg.layout, cfg.schedule, cfg.logger, cfg.callbacks = WHOLE, SEQUENTIAL, {}, {}
     cfg.optimizers = {}  # of roles that the uncut run may not have
+    cfg.init, cfg.init_fresh = None, []  # which cost nothing
+    cfg.freeze = [name for name in cfg.freeze if name not in CHAIN and not is_alice(name)]  # theirs is up to the cut
     cfg.data.columns = None
     if "download" in cfg.data.source:
         cfg.data.source.download = False

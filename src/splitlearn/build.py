@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.callbacks import Callback, Checkpoint, ProgressBar
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -30,6 +31,7 @@ from splitlearn.data import SplitData
 from splitlearn.errors import InputError, outside
 from splitlearn.learner import SplitLearner
 from splitlearn.network import SplitNetwork
+from splitlearn.saved import initial
 from splitlearn.training.checkpoints import SafeCheckpointIO, check_modes, monitoring, start_from
 from splitlearn.wire import Wire
 
@@ -38,7 +40,7 @@ LONGEST_LINE = 10_000  # characters of an error
 READ_BY_SOURCE = ("source", "root", "download", "image_size", "label", "features", "drop", "encoding", "delimiter")
 # What each host may have in its own way; all the rest must be the same everywhere.
 LOCAL = (
-    *("output_dir", "ckpt", "metric", "logger", "wire.certificates"),
+    *("output_dir", "ckpt", "init", "metric", "logger", "wire.certificates"),
     *("engine.party", "engine.address", "engine.timeout", "engine.join_timeout"),
     *(
         f"callbacks.{name}"
@@ -88,16 +90,23 @@ def build(cfg: DictConfig, wire: Wire | None = None) -> Run:
     settings = _without(cfg.data, READ_BY_SOURCE)
     data = make(settings, source, layout, cfg.num_alices, partition=make(cfg.partition), seed=cfg.seed)
     network = SplitNetwork(model, layout, data, wire, cfg.seed)
+    if cfg.freeze:
+        network.freeze(cfg.freeze)
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # as is asked for
     if wire is not None:
         data.keep(layout.owners, wire.plays)
     schedule = make(_without(cfg.schedule, ("sets",)), data.takers, seed=cfg.seed)
     learner = _make_learner(cfg, network, schedule, source.num_classes)
     _check_micro_batches(learner, data.batch_size)
     trainer = _make_trainer(cfg)
-    if cfg.weights is not None:
+    if cfg.weights is not None or cfg.init is not None:
         # Lightning converts it later, when half of the bits of doubles would be gone.
         trainer.precision_plugin.convert_module(learner)
+    if cfg.weights is not None:
         start_from(cfg.weights, network, data.settings)
+    if cfg.init is not None:
+        network.origins = str(initial.start_from(network, _listed(cfg.init), cfg.init_fresh, data))
+        rank_zero_info(network.origins)
     return Run(data, learner, trainer)
 
 
@@ -121,8 +130,13 @@ def _check(cfg: DictConfig) -> None:
             raise InputError(
                 f"`{key}` (={cfg[key]}) is not a file: name a checkpoint, or leave `{key}` out to train anew"
             )
-    if cfg.ckpt is not None and cfg.weights is not None:
-        raise InputError(f"`weights` (={cfg.weights}) starts a run and `ckpt` (={cfg.ckpt}) goes on with one: take one")
+    starting = [key for key in ("init", "weights") if cfg[key] is not None]
+    if cfg.ckpt is not None and starting:
+        key = starting[0]
+        raise InputError(f"`{key}` (={cfg[key]}) starts a run and `ckpt` (={cfg.ckpt}) goes on with one: take one")
+    if len(starting) == 2:
+        raise InputError(f"`init` (={cfg.init}) and `weights` (={cfg.weights}) both start a run: take one")
+    _check_names(cfg)
     for key in ("max_epochs", "max_steps"):
         value = cfg.trainer[key]
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
@@ -130,6 +144,21 @@ def _check(cfg: DictConfig) -> None:
     _check_period(cfg)
     if cfg.test not in ("last", "best"):
         raise InputError(f"`test` (={cfg.test}) must be last or best")
+
+
+def _check_names(cfg: DictConfig) -> None:
+    for key in ("init_fresh", "freeze"):
+        if not isinstance(cfg[key], ListConfig) or not all(isinstance(name, str) for name in cfg[key]):
+            raise InputError(f"`{key}` (={cfg[key]}) must be a list of names: {key}=[head]")
+    places = _listed(cfg.init)
+    if cfg.init is not None and not (places and all(isinstance(place, str) for place in places)):
+        raise InputError(f"`init` (={cfg.init}) must be a folder, a file, or a list of them: init=[run/alice0,bob.pth]")
+    if cfg.init_fresh and cfg.init is None:
+        raise InputError(f"`init_fresh` (={cfg.init_fresh}) leaves blocks out of `init`: give init=FOLDER, too")
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, ListConfig) else [value]
 
 
 def _check_period(cfg: DictConfig) -> None:

@@ -168,6 +168,7 @@ class SplitLearner(pl.LightningModule):
         settings = {
             **{name: kind[name] for name in ("layout", "model", "num_alices")},
             **{f"model.{name}": text for name, text in self.network.texts.items()},
+            "freeze": ", ".join(self.network.frozen) or "nothing",
             **self.options,
             **{f"schedule.{name}": value for name, value in self.schedule.settings.items()},
             "schedule.seed": self.schedule.seed,

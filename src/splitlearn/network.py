@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from splitlearn.blocks import check_blocks, check_ties, fresh, make_safe
+from splitlearn.blocks import check_blocks, check_ties, fresh, make_safe, memory_of
 from splitlearn.cut import CutLayer, Hop, run_backward
 from splitlearn.errors import InputError
 from splitlearn.layout import Layout, Party, Role, Stage
@@ -97,6 +98,8 @@ class SplitNetwork(nn.Module):
         with torch.random.fork_rng(devices=[]):
             self.shapes = self._shape(sample)
         self.sample_output = self.shapes[layout.stages[-1].name]
+        self.origins = ""
+        """Where the initial weights come from, in words; nothing where they are drawn."""
 
     def forward(self, batch: Batch, cast: Mapping[Role, Party]) -> Pass:
         """Run the stages of the parties that this process plays; the values of others are on meta."""
@@ -147,6 +150,30 @@ class SplitNetwork(nn.Module):
     def complete(self) -> bool:
         """Whether all of the network lives in this process."""
         return len(self.segments) == len(self.program)
+
+    def freeze(self, names: Sequence[str]) -> None:
+        """Let blocks not train, or all blocks of a role: no gradients, and in evaluation mode, buffers stay, too.
+
+        Raises InputError for a name that is neither, for all blocks, and for a layer that a frozen block shares with
+        one that trains.
+        """
+        blocks = list(dict.fromkeys(name for stage, _ in self.program for name in stage.blocks))
+        roles = [role for role in self.layout.roles if role not in blocks]
+        if odd := [name for name in names if name not in (*roles, *blocks)]:
+            raise InputError(
+                f"`freeze` (={odd[0]}) must name parties, {', '.join(roles)}, or blocks, {', '.join(blocks)}"
+            )
+        for stage, segment in self.program:
+            segment.freeze(name for name in stage.blocks if stage.role in names or name in names)
+        if names and not any(p.requires_grad for _, segment in self.program for p in segment.parameters()):
+            raise InputError(f"`freeze` (={', '.join(names)}) leaves nothing to train: leave a party or a block out")
+        self._check_shared()
+
+    @property
+    def frozen(self) -> list[str]:
+        """The blocks that do not train, by their names in the uncut model."""
+        segments = [segment for _, segment in self.program]
+        return [label for segment in segments for name, label in segment.labels.items() if name in segment.frozen]
 
     def describe(self) -> str:
         """One line that two models of the same blocks share; a parameter that is tied counts in the first of them."""
@@ -211,6 +238,19 @@ class SplitNetwork(nn.Module):
             values[stage.name] = segment(join(inputs), batch.number) if mine else self._outline(stage, batch)
         return values[stage.name], tape
 
+    def _check_shared(self) -> None:
+        """What a frozen block shares would be frozen in both, and be in evaluation mode in both."""
+        places = [(segment, name) for _, segment in self.program for name in segment._modules]
+        for (segment, still), (other, moving) in product(places, places):
+            if still not in segment.frozen or moving in other.frozen:
+                continue
+            one, two = getattr(segment, still), getattr(other, moving)
+            tied = {*map(memory_of, one.parameters())} & {*map(memory_of, two.parameters())}
+            if tied or (moving in other.drawing and {*one.modules()} & {*two.modules()}):
+                raise InputError(
+                    f"`freeze` (={still}) shares a layer with {moving}, which trains: freeze both, or give each its own"
+                )
+
     def _bring(
         self, values: dict[str, Tensor], name: str, role: Role, cast: Mapping[Role, Party], tape: list[Hop]
     ) -> Tensor:
@@ -256,6 +296,10 @@ def segment_of(stage: Stage, blocks: Mapping[str, nn.Module], uses: Counter[str]
     """A block that several stages run (the bottoms of a vertical net) is a block of its own in each."""
     memo: dict[int, object] = {}  # what is tied within a bottom is tied within its copy
     mine = {name: copy.deepcopy(blocks[name], memo) if uses[name] > 1 else blocks[name] for name in stage.blocks}
-    labels = {name: f"{stage.name}.{name}" if uses[name] > 1 else name for name in stage.blocks}
     make_safe(mine.values())
-    return Segment(mine, labels, seed)
+    return Segment(mine, labels_of(stage, uses), seed)
+
+
+def labels_of(stage: Stage, uses: Mapping[str, int]) -> dict[str, str]:
+    """The names of a stage's blocks in the uncut model; of one that several stages run, `STAGE.BLOCK`."""
+    return {name: f"{stage.name}.{name}" if uses[name] > 1 else name for name in stage.blocks}

@@ -29,6 +29,7 @@ class Segment(nn.Sequential):
         self.drawing: frozenset[str] = frozenset()
         self.averse: frozenset[str] = frozenset()
         """The blocks that cannot train on a single row: batch norm of one value has no variance."""
+        self.frozen: frozenset[str] = frozenset()
         for name, block in blocks.items():
             if hasattr(self, name):
                 raise ValueError(f"block `{name}` has a name that every segment uses itself: give it another one")
@@ -78,6 +79,25 @@ class Segment(nn.Sequential):
             x = out
         self.drawing, self.averse = frozenset(drawing), frozenset(averse)
         return x
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Let these blocks stay as they are, buffers too: no gradients, and in evaluation mode from now on."""
+        self.frozen |= {*names}
+        for part in self.still():
+            part.requires_grad_(False)
+        self.drawing, self.averse = self.drawing - self.frozen, self.averse - self.frozen
+        self.train(self.training)
+
+    def still(self) -> Iterator[nn.Module]:
+        """All modules of frozen blocks."""
+        for name in self.frozen:
+            yield from getattr(self, name).modules()
+
+    def train(self, mode: bool = True) -> Segment:
+        super().train(mode)
+        for name in self.frozen:
+            getattr(self, name).eval()
+        return self
 
     def outline(self, x: Tensor) -> Tensor:
         """Return zeros for the output of a segment that lives in another process, and is on meta here."""

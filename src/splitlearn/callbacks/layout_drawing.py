@@ -30,13 +30,15 @@ def draw(network: SplitNetwork, sample: Mapping[str, Tensor], batch_size: int, s
     layout, times = network.layout, batch_size / len(sample["y"])
     tape, ledger = network.look(sample)
     segments = {stage.name: segment for stage, segment in network.program}
-    hops = iter(tape)
+    hops, trained = iter(tape), set[str]()  # stages that want a gradient
     in_turns = isinstance(schedule.alice, Handoff)
     takers, how = schedule.takers, "at once" if schedule.turn == "step" else "in turns" if in_turns else "side by side"
     lines = [layout.kind if len(takers) == 1 else f"{layout.kind}, {how}: {_shorten(takers)}"]
     for stage in layout.stages:
         crossing = [name for name in stage.inputs if network.owners.get(name, stage.role) != stage.role]
-        lines += [_crossing(next(hops), batch_size, times) for _ in crossing]
+        lines += [_crossing(next(hops), batch_size, times, name in trained) for name in crossing]
+        if any(p.requires_grad for p in segments[stage.name].parameters()) or trained & set(stage.inputs):
+            trained.add(stage.name)
         blocks = [f"{name} {_shape(sample[name])} ->" for name in stage.inputs if name in sample] + list(stage.blocks)
         size = sum(p.numel() for p in segments[stage.name].parameters())
         labels = " <- y" if stage is layout.stages[-1] and layout.owners["y"] == stage.role else ""
@@ -73,10 +75,10 @@ def classes_found(labels: Tensor, classes: Sequence[str] | None) -> list[str]:
     return [f"classes: {', '.join(told)}{', ...' * (len(classes) > MOST_CLASSES)}"]
 
 
-def _crossing(hop: Hop, batch_size: int, times: float) -> str:
+def _crossing(hop: Hop, batch_size: int, times: float, returns: bool) -> str:
     kind = str(hop.received.dtype).removeprefix("torch.")
     what = f"activation {batch_size} x {_shape(hop.received)} {kind}, {times * hop.received.nbytes:,.0f} bytes"
-    return f"  | {hop.sender} -> {hop.receiver}: {what}, and its gradient back"
+    return f"  | {hop.sender} -> {hop.receiver}: {what}{', and its gradient back' * returns}"
 
 
 def _shape(value: Tensor) -> str:

@@ -187,8 +187,13 @@ def _by_label(learner: SplitLearner, left: Left) -> dict[str, Tensor]:
     """What a party is left with, by the names of a model folder."""
     weights = learner.rounds.weights[left.role]
     known = {id(tensor): name for name, tensor in weights.tensors.items()}
-    segments = learner.network.segments_of(left.role).values()
-    return {label: left.weights[known[id(tensor)]] for segment in segments for label, tensor in named(segment).items()}
+    live = {
+        label: tensor
+        for segment in learner.network.segments_of(left.role).values()
+        for label, tensor in named(segment).items()
+    }
+    moved = {label: left.weights[known[id(tensor)]] for label, tensor in live.items() if id(tensor) in known}
+    return {**live, **moved}  # frozen blocks everybody has as they are
 
 
 def _write(place: Path, tensors: Mapping[str, Tensor], first: dict[Any, tuple[Path, str]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,7 +82,8 @@ class Meter:
             inputs = [values[name] for name in stage.inputs]
             wants = any(value.requires_grad for value in inputs)
             # The blocks without the segment, which seeds their draws: there is no generator for meta tensors.
-            costs[stage.name], values[stage.name] = _measure(nn.Sequential(*segment), [join(inputs)], wants)
+            still = {*segment.still()}
+            costs[stage.name], values[stage.name] = _measure(nn.Sequential(*segment), [join(inputs)], wants, still)
         return costs
 
 
@@ -97,18 +98,25 @@ def clients(flops: Mapping[Party, Cost]) -> list[int]:
     return [cost.total for party, cost in flops.items() if is_alice(party)]
 
 
-def _measure(segment: nn.Module, inputs: Sequence[Tensor], wants_input_gradient: bool) -> tuple[Cost, Tensor]:
-    """The cost, and the output as a meta tensor that says whether it has a gradient to give."""
+def _measure(
+    segment: nn.Module, inputs: Sequence[Tensor], wants_input_gradient: bool, still: Collection[nn.Module] = ()
+) -> tuple[Cost, Tensor]:
+    """The cost, and the output as a meta tensor that says whether it has a gradient to give.
+
+    What is `still` is in evaluation mode when the segment is trained.
+    """
     try:
-        return _run(segment, inputs, wants_input_gradient, "meta")
+        return _run(segment, inputs, wants_input_gradient, still, "meta")
     except Exception:  # a user's block may look at values, which meta tensors have not
-        return _run(segment, inputs, wants_input_gradient, "cpu")
+        return _run(segment, inputs, wants_input_gradient, still, "cpu")
 
 
-def _run(segment: nn.Module, inputs: Sequence[Tensor], wants: bool, device: str) -> tuple[Cost, Tensor]:
+def _run(
+    segment: nn.Module, inputs: Sequence[Tensor], wants: bool, still: Collection[nn.Module], device: str
+) -> tuple[Cost, Tensor]:
     # Asked for in the middle of an evaluation too, which must find its random state as it was.
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        twin = _twin(segment, device)
+        twin = _twin(segment, still, device)
         zeros = [_zeros(x, device).requires_grad_(wants and x.is_floating_point()) for x in inputs]
         formulas = {torch.ops.aten.convolution_backward: _convolution_backward}
         with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
@@ -120,7 +128,7 @@ def _run(segment: nn.Module, inputs: Sequence[Tensor], wants: bool, device: str)
         return cost, torch.empty_like(output, device="meta", requires_grad=output.requires_grad)
 
 
-def _twin(segment: nn.Module, device: str) -> nn.Module:
+def _twin(segment: nn.Module, still: Collection[nn.Module], device: str) -> nn.Module:
     """A copy in training mode that holds zeros, made without a copy of the weights, and that no forward hook hears."""
     instead: dict[int, Tensor] = {id(t): _zeros(t, device) for t in segment.buffers()}
     instead |= {id(p): nn.Parameter(_zeros(p, device), p.requires_grad) for p in segment.parameters()}
@@ -128,6 +136,9 @@ def _twin(segment: nn.Module, device: str) -> nn.Module:
         kept = [value for value in vars(module).values() if isinstance(value, Tensor)]
         instead |= {id(value): _zeros(value, device) for value in kept if id(value) not in instead}
     twin = copy.deepcopy(segment, instead).train()
+    for module, its_twin in zip(segment.modules(), twin.modules(), strict=True):
+        if module in still:
+            its_twin.training = False
     for module in twin.modules():
         module._forward_hooks.clear()
     return twin

@@ -53,6 +53,7 @@ GREETING: Form = {
     "config": lambda value: isinstance(value, dict),
     "alike": lambda value: isinstance(value, dict) and all(map(is_text, value.values())),
     "file": lambda value: value is None or is_file(value),
+    "initial": lambda value: value is None or is_text(value),
     "run": lambda value: value is None or is_run(value),
     "snapshots": are_steps,
     "common": lambda value: isinstance(value, list) and all(map(is_run, value)),

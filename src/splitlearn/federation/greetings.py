@@ -125,6 +125,18 @@ def check_columns(greetings: Mapping[Party, Greeting]) -> None:
             )
 
 
+def check_initial(greetings: Mapping[Party, Greeting]) -> None:
+    """Raises InputError where those who hand weights on to each other would start from other ones."""
+    told = {party: greeting["initial"] for party, greeting in greetings.items() if greeting["initial"] is not None}
+    first = next(iter(told), "")
+    for party, digest in told.items():
+        if digest != told[first]:
+            raise InputError(
+                f"{first} and {party} start from other weights, and hand them on to each other: give both the same "
+                "parts by `init`"
+            )
+
+
 def check_welcome(welcome: Greeting, ours: Greeting, parties: Sequence[Party]) -> None:
     """Raises InputError for what is no welcome to who has greeted by `ours`; `parties` are all, the hub first."""
     hub = parties[0]

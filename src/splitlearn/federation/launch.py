@@ -130,8 +130,8 @@ def _check(cfg: DictConfig, engine: Processes) -> None:
         )
     if cfg.weights is not None:
         raise InputError(
-            f"`weights` (={cfg.weights}) has the weights of all parties: take engine=simulated, or go on with the run "
-            "of a folder by ckpt=FOLDER"
+            f"`weights` (={cfg.weights}) has the weights of all parties: take engine=simulated, start from model "
+            "folders by init=FOLDER, or go on with the run of a folder by ckpt=FOLDER"
         )
     if cfg.ckpt is not None and not Path(cfg.ckpt).is_dir():
         raise InputError(f"`ckpt` (={cfg.ckpt}) must be the folder of a run: with engine=processes all parties resume")

@@ -22,6 +22,7 @@ from splitlearn.federation.greetings import (
     answer_with,
     check_columns,
     check_greeting,
+    check_initial,
     check_welcome,
     warn_of_threads,
 )
@@ -35,6 +36,7 @@ from splitlearn.federation.wiring import Wiring
 from splitlearn.layout import Party
 from splitlearn.learner import SplitLearner
 from splitlearn.ledger import is_alice
+from splitlearn.saved.folder import digest_of
 from splitlearn.schedules.aggregation import Average, MeanGradient
 from splitlearn.schedules.sharing import Handoff
 from splitlearn.training.checkpoints import tested
@@ -199,6 +201,7 @@ class Federation:
             "config": dict(shared),
             "alike": self.data.alike,
             "file": self.data.own_file,
+            "initial": self._initial(self.learner),
             "run": self.attempt.run,
             "resumes": ckpt is not None,
             "snapshots": steps_in(folders, whole=True),
@@ -208,6 +211,13 @@ class Federation:
             "gpu": self.wiring.gpu(self.attempt.party, self.wire.device),
             "certificate": None if self.identity is None else self.identity.certificate.decode(),
         }
+
+    def _initial(self, learner: SplitLearner) -> str | None:
+        """What an Alice, or the server, begins with, and the others of them must: as drawn, or a digest."""
+        network, mine = learner.network, learner.network.segments_of("alice")
+        if not mine or learner.rounds.personal:  # which nobody else ever has
+            return None
+        return digest_of(mine.values()) if network.origins or network.frozen else ""
 
     def _meet(self, parties: list[Party], greeting: Greeting) -> tuple[Streams, Greeting]:
         hub, party = parties[0], self.attempt.party
@@ -227,6 +237,7 @@ class Federation:
         )
         greetings = {party: greeting, **others}
         check_columns(greetings)
+        check_initial(greetings)
         self.wiring.check_gpus({name: each["gpu"] for name, each in greetings.items()})
         warn_of_threads(greetings)
         run, step = agree(greetings, self.attempt.run)

@@ -85,6 +85,15 @@ def named(segment: Segment) -> dict[str, Tensor]:
     return {_label(segment, name): tensor for name, tensor in tensors.items()}
 
 
+def digest_of(segments: Iterable[Segment]) -> str:
+    """Of all weights and buffers, as they are in memory."""
+    content = blake2b(digest_size=8)
+    for name, tensor in (item for segment in segments for item in named(segment).items()):
+        content.update(name.encode())
+        content.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return content.hexdigest()
+
+
 def unsaved(segment: Segment) -> list[str]:
     """The names of those that no `state_dict` has."""
     kept = {_label(segment, name) for name in segment.state_dict()}
@@ -97,26 +106,35 @@ def no_tensors(segment: Segment) -> list[str]:
     return [label for name in segment.state_dict() if (label := _label(segment, name)) not in known]
 
 
-@torch.no_grad()
 def fill(segments: Iterable[Segment], tensors: Mapping[str, Tensor], where: Path) -> None:
     """Give segments these weights, in their dtype. Raises InputError, with the names, for those that do not fit."""
     own = {name: value for segment in segments for name, value in named(segment).items()}
-    misfits = [
-        f"{name} is {_shape(tensors.get(name))} there and {_shape(own.get(name))} in the model"
-        for name in sorted({*own, *tensors})
-        if not _fits(own.get(name), tensors.get(name))
-    ]
-    if misfits:
-        more = f", and {len(misfits) - FEW} more" if len(misfits) > FEW else ""
-        raise InputError(f"{where} does not fit: {', '.join(misfits[:FEW])}{more}: give the `model` that was trained")
+    if told := misfits(own, tensors, "in the model"):
+        raise InputError(f"{where} does not fit: {told}: give the `model` that was trained")
     for name, value in own.items():
-        given = tensors[name]
-        if value.dtype != given.dtype:
-            value.data = value.data.to(given.dtype)
-        if value.shape == given.shape:
-            value.copy_(given)
+        if value.dtype != tensors[name].dtype:
+            value.data = value.data.to(tensors[name].dtype)
+    put(own, tensors)
+
+
+@torch.no_grad()
+def put(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Write what is given, and fits, over one's own of its name, which keeps its dtype."""
+    for name, value in given.items():
+        if own[name].shape == value.shape:
+            own[name].copy_(value)
         else:  # a buffer that has grown
-            value.data = given.clone()
+            own[name].data = value.to(own[name].device, own[name].dtype, copy=True)
+
+
+def misfits(own: Mapping[str, Tensor], given: Mapping[str, Tensor], here: str = "here") -> str:
+    """Return in words the first names of what is not of one shape, or is missing in one of both; nothing if all fit."""
+    told = [
+        f"{name} is {_shape(given.get(name))} there and {_shape(own.get(name))} {here}"
+        for name in sorted({*own, *given})
+        if not _fits(own.get(name), given.get(name))
+    ]
+    return ", ".join(told[:FEW]) + (f", and {len(told) - FEW} more" if len(told) > FEW else "")
 
 
 def _label(segment: Segment, name: str) -> str:

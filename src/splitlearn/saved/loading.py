@@ -191,15 +191,22 @@ def choose(folder: Path, parts: Sequence[Part], alice: Party | None) -> list[Par
         if not having:
             who = alice if role == "alice" and alice is not None else role
             raise InputError(f"{folder} lacks the part of {who}: put the folder of that party there, {who}/{FOLDER}")
-        fresh = [part for part in having if not part.manifest.stale] or having
-        if len({part.manifest.weights["digest"] for part in fresh}) > 1:
-            names = ", ".join(part.manifest.party for part in fresh)
-            raise InputError(
-                f"{folder} has another bottom of each Alice ({names}): say whose, "
-                f"splitlearn.load(FOLDER, alice='{fresh[0].manifest.party}')"
-            )
-        chosen.append(fresh[0])
+        chosen.append(trained_one(folder, having, "splitlearn.load(FOLDER, alice='{}')"))
     return chosen
+
+
+def trained_one(folder: Path, parts: Sequence[Part], cure: str) -> Part:
+    """Return the part of one role that has the trained weights. Raises InputError where these are not the same of all.
+
+    `cure` tells how to say whose, with `{}` for the name of a party.
+    """
+    fresh = [part for part in parts if not part.manifest.stale] or parts
+    if len({part.manifest.weights["digest"] for part in fresh}) > 1:
+        names = ", ".join(part.manifest.party for part in fresh)
+        raise InputError(
+            f"{folder} has another bottom of each Alice ({names}): say whose, {cure.format(fresh[0].manifest.party)}"
+        )
+    return fresh[0]
 
 
 def _in_one_piece(

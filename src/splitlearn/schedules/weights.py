@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from splitlearn.layout import Party, Role
+from splitlearn.segment import Segment
 from splitlearn.wire import Wire
 
 
 class RoleWeights:
     """The weights (buffers included) and the optimizer of a role; whoever has the turn trains them.
+
+    Blocks that a network has frozen are not among them: everybody has them as they are.
 
     Arguments:
         role: whose they are. An Alice's cross the wire; any other role is played by one party, who keeps all its
@@ -32,10 +35,13 @@ class RoleWeights:
     def find(self) -> None:
         """Look the weights up again, by whole names: what is tied, also across two stages, is one."""
         role = nn.ModuleDict(self.segments)
-        self.parameters: dict[str, Tensor] = dict(role.named_parameters())
-        self.places = {
-            f"{path}.{key}": (part._buffers, key) for path, part in role.named_modules() for key in part._buffers
-        }
+        still = {part for each in self.segments.values() if isinstance(each, Segment) for part in each.still()}
+        moving = [(path, part) for path, part in role.named_modules() if part not in still]
+        held_still = {id(parameter) for part in still for parameter in part._parameters.values()}
+        known = dict(role.named_parameters())
+        self.parameters: dict[str, Tensor] = {name: p for name, p in known.items() if id(p) not in held_still}
+        self.thawed = [name for name, p in known.items() if id(p) in held_still and p.requires_grad]
+        self.places = {f"{path}.{key}": (part._buffers, key) for path, part in moving for key in part._buffers}
         self.trained = self.wanting
 
     @property

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from splitlearn.errors import InputError, outside, told_if_full
 from splitlearn.network import SplitNetwork
+from splitlearn.saved.folder import misfits, put
 from splitlearn.schedules.final import Moment
 from splitlearn.schedules.rounds import Rounds
 from splitlearn.training.checks import check_mode
 
 MEANING = ("data.columns", "data.classes")  # of inputs and outputs
-FEW = 3  # of what does not fit, so many are named
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -76,24 +76,11 @@ def start_from(path: str, network: SplitNetwork, here: Mapping[str, Any]) -> Non
             f"`weights` (={path}) has weights of each Alice, since bottoms are personal or a round was going on: take "
             "a checkpoint of the end of a round of a schedule in which they share them"
         )
-    ours, theirs = (
-        _by_block(network.state_dict()),
-        _by_block({name.removeprefix("network."): value for name, value in checkpoint["state_dict"].items()}),
-    )
-    shapes, others = ({name: list(value.shape) for name, value in part.items()} for part in (ours, theirs))
-    misfits = [
-        f"{name} is {others.get(name, 'missing')} there and {shapes.get(name, 'missing')} here"
-        for name in sorted({*shapes, *others})
-        if shapes.get(name) != others.get(name)
-    ]
-    if misfits:
-        more = f", and {len(misfits) - FEW} more" if len(misfits) > FEW else ""
-        raise InputError(
-            f"`weights` (={path}) does not fit: {', '.join(misfits[:FEW])}{more}: take the `model` it was trained with"
-        )
-    with torch.no_grad():
-        for name, value in ours.items():
-            value.copy_(theirs[name])
+    ours = _by_block(network.state_dict(keep_vars=True))
+    theirs = _by_block({name.removeprefix("network."): value for name, value in checkpoint["state_dict"].items()})
+    if told := misfits(ours, theirs):
+        raise InputError(f"`weights` (={path}) does not fit: {told}: take the `model` it was trained with")
+    put(ours, theirs)
 
 
 def _check_data(path: str, there: Mapping[str, str], here: Mapping[str, Any]) -> None:

@@ -173,6 +173,11 @@ def check_callbacks(callbacks: Iterable[object]) -> None:
 def check_held(weights: Mapping[Role, RoleWeights], by_gradient: bool = False) -> None:
     """Raises InputError for parameters that want a gradient, or have one by now, and that no optimizer would change."""
     for role, mine in weights.items():
+        if mine.thawed:
+            raise InputError(
+                f"`{mine.thawed[0]}` of {role} is in a block that `freeze` names, and a callback has unfrozen it: "
+                "leave out one of both"
+            )
         names = [name for name, parameter in mine.unheld.items() if parameter.grad is not None or not by_gradient]
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
