@@ -21,7 +21,7 @@ LAYERS = [
     ("learner",),
     ("callbacks", "build"),
     ("federation",),
-    ("train", "advise"),  # what one runs
+    ("train", "advise", "export"),  # what one runs
 ]
 SEE_HYDRA = (
     "build",
@@ -31,6 +31,7 @@ SEE_HYDRA = (
     "federation.launch",
     "train",
     "advise",
+    "export",
 )
 NO_LIGHTNING = (
     "errors",

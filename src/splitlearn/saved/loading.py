@@ -74,7 +74,7 @@ def load(folder: str | Path, model: Model | None = None, alice: Party | None = N
         return nn.ModuleDict({name: _plain(segment) for name, segment in segments_of([own], model).items()}).eval()
     chosen = choose(folder, parts_of(folder), alice)
     fields = {name: field for part in chosen for name, field in part.manifest.inputs.items()}
-    return _in_one_piece(chosen[0].manifest.layout, segments_of(chosen, model), fields).eval()
+    return in_one_piece(chosen[0].manifest.layout, segments_of(chosen, model), fields).eval()
 
 
 def part_in(folder: Path) -> Part | None:
@@ -151,7 +151,7 @@ def _make(part: Part, model: Model | None) -> nn.Module:
             whose = f"the model {outside(target)}" if target else "a model that no configuration names"
             raise InputError(
                 f"{part.folder} has {whose}, which is not splitlearn's own and is not imported for a folder's asking: "
-                "give it, splitlearn.load(FOLDER, model=...)"
+                "give it, model=..."
             )
         if "weights" in asked:
             asked["weights"] = None  # pretrained ones, which would be fetched and then replaced
@@ -173,14 +173,13 @@ def choose(folder: Path, parts: Sequence[Part], alice: Party | None) -> list[Par
         if len({part.manifest.weights["digest"] for part in fresh}) > 1:
             names = ", ".join(part.manifest.party for part in fresh)
             raise InputError(
-                f"{folder} has another bottom of each Alice ({names}): say whose, "
-                f"splitlearn.load(FOLDER, alice='{fresh[0].manifest.party}')"
+                f"{folder} has another bottom of each Alice ({names}): say whose, alice='{fresh[0].manifest.party}'"
             )
         chosen.append(fresh[0])
     return chosen
 
 
-def _in_one_piece(
+def in_one_piece(
     layout: Layout, segments: Mapping[str, Segment], fields: Mapping[str, Mapping[str, Any]]
 ) -> nn.Sequential:
     bottoms = [stage for stage in layout.stages if set(stage.inputs) <= set(layout.fields)]
