@@ -240,14 +240,27 @@ class Words(nn.Module):
         return self.embedding(x).mean(1)
 
 
-def test_whole_numbers_and_doubles(tmp_path):
+def test_whole_numbers_go_in(tmp_path):
     layout, rows = layouts.two_party(["words", "head"], 1), (torch.arange(95).reshape(19, 5) % 9, torch.arange(19) % 3)
-    model = nn.Sequential(OrderedDict(words=Words(), head=nn.Linear(4, 3)))
-    run = trained(tmp_path, layout, model=model, rows=rows, trainer={"precision": "64-true"})
-    list(export(tmp_path, model=model))
+
+    def made(num_classes: int) -> nn.Sequential:
+        return nn.Sequential(OrderedDict(words=Words(), head=nn.Linear(4, num_classes)))
+
+    run = trained(tmp_path, layout, model=made(3), rows=rows)
+    list(export(tmp_path, model=made))
     told, expected = notes(tmp_path / "export")["model.onnx"], output_of(run, rows[0])
-    assert (told["inputs"]["x"]["dtype"], told["outputs"]["output"]["dtype"]) == ("int64", "float64")
-    assert torch.allclose(by_onnxruntime(tmp_path / "export" / "model.onnx", x=rows[0]), expected, rtol=1e-9, atol=0)
+    assert told["inputs"]["x"]["dtype"] == "int64"
+    assert is_near(by_onnxruntime(tmp_path / "export" / "model.onnx", x=rows[0]), expected)
+
+
+def test_doubles_stay_doubles(tmp_path):
+    layout, (x, _) = layouts.two_party(list(small(24)._modules), 1), make_rows(19)
+    rows, options = (x.flatten(1), torch.arange(19) % 3), {"trainer": {"precision": "64-true"}}
+    run = trained(tmp_path, layout, model=small(24), rows=rows, **options)
+    list(export(tmp_path, model=small(24)))
+    found = by_onnxruntime(tmp_path / "export" / "model.onnx", x=rows[0].double())
+    assert notes(tmp_path / "export")["model.onnx"]["rtol"] == 1e-9
+    assert torch.allclose(found, output_of(run, rows[0]), rtol=1e-9, atol=0)
 
 
 # Several Alices
@@ -493,14 +506,18 @@ def test_a_stage_is_no_path(tmp_path):
 # The command
 
 
-def lenet_run(configure: Callable, folder: Path, *asked: str) -> None:
-    quick = ("trainer.max_epochs=1", "trainer.limit_train_batches=2", "logger=none", "model=lenet")
+def quick_run(configure: Callable, folder: Path, *asked: str) -> None:
+    quick = ("trainer.max_epochs=1", "trainer.limit_train_batches=2", "logger=none")
     train_as_asked(configure(*quick, f"output_dir={folder}", *asked))
 
 
-@pytest.mark.parametrize("asked", [["layout.cut=1"], ["layout=u_shaped", "layout.cuts=[2,4]"]], ids=["two", "u"])
+@pytest.mark.parametrize(
+    "asked",
+    [["model=mlp", "layout.cut=1"], ["model=lenet", "layout=u_shaped", "layout.cuts=[2,4]"]],
+    ids=["mlp", "lenet"],
+)
 def test_the_command_exports_and_says_so(asked, configure, tmp_path, monkeypatch, capsys):
-    lenet_run(configure, tmp_path / "run", *asked)
+    quick_run(configure, tmp_path / "run", *asked)
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -526,12 +543,14 @@ def my_net(num_classes: int) -> nn.Sequential:
 
 def test_the_command_takes_a_model_of_ones_own(configure, tmp_path, monkeypatch):
     name = f"{__name__}.my_net"
-    lenet_run(configure, tmp_path / "run", "model=custom", f"model._target_={name}", "layout.cut=1")
+    quick_run(configure, tmp_path / "run", "model=custom", f"model._target_={name}", "layout.cut=1")
     words = ["splitlearn-export", f"run={tmp_path}/run", "format=torch"]
     monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit, match=rf"^splitlearn: .* has the model {name}, .*: give it, model=...$"):
+    with pytest.raises(
+        SystemExit, match=rf"^splitlearn: .* has the model {name}, .*: give it, model=my_net, or on the command line m"
+    ):
         module.main()
-    monkeypatch.setattr(sys, "argv", [*words, f"model={name}"])
+    monkeypatch.setattr(sys, "argv", [*words, f"model._target_={name}"])
     module.main()
     assert (tmp_path / "run" / "export" / "model.pt2").is_file()
 
@@ -542,7 +561,7 @@ def test_the_command_takes_a_model_of_ones_own(configure, tmp_path, monkeypatch)
         ([], r"`run` must be given: run=FOLDER, of a run that has ended"),
         (["run=nowhere"], r"nowhere has no model: name the folder of a run that has ended, or a party's in it"),
         (["run=nowhere", "rows=some"], r"`rows` \(=some\) must be a whole number of at least 1"),
-        (["run=nowhere", "model=nowhere.net"], r".*nowhere.*"),
+        (["run=nowhere", "model._target_=nowhere.net"], r".*nowhere.*"),
     ],
 )
 def test_on_the_command_line_an_error_is_one_line(words, message, tmp_path, monkeypatch):
@@ -560,7 +579,7 @@ def test_the_console_script_is_named():
 def test_the_page_does_what_it_says(configure, tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parents[1] / "docs" / "after_training.md").read_text()
     (section,) = (part for part in page.split("\n## ") if part.startswith("Export it"))
-    lenet_run(configure, tmp_path / "my_run", "+experiment=digits_2party")
+    quick_run(configure, tmp_path / "my_run", "+experiment=digits_2party")
     monkeypatch.chdir(tmp_path)
     commands = [line.partition(" #")[0].split() for line in section.splitlines() if line.startswith("python -m")]
     assert len(commands) > 2

@@ -18,7 +18,7 @@ def export(cfg: DictConfig) -> None:
     if cfg.run is None:
         raise InputError("`run` must be given: run=FOLDER, of a run that has ended")
     with as_input_error():
-        model = make({"_target_": cfg.model, "_partial_": True}) if cfg.model is not None else None
+        model = make(cfg.model, _partial_=True) if cfg.model._target_ is not None else None
     for line in exporting.export(cfg.run, cfg.what, cfg.format, cfg.rows, cfg.alice, model):
         print(line, flush=True)
 

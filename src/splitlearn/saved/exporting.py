@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,8 +101,8 @@ def _merged(
 ) -> Iterator[str]:
     manifest, layout = parts[0].manifest, parts[0].manifest.layout
     told = {name: field for part in parts for name, field in part.manifest.inputs.items()}
-    network = in_one_piece(layout, segments_of(parts, model), told).eval()
-    alone = {name: segment for part in parts for name, segment in segments_of([part], model).items()}
+    network = in_one_piece(layout, _segments(parts, model), told).eval()
+    alone = {name: segment for part in parts for name, segment in _segments([part], model).items()}
     generator = torch.Generator().manual_seed(SEED)
     fields = _rows_of_fields(layout, parts, num_rows, generator)
     x = _side_by_side(fields, told)
@@ -163,7 +164,7 @@ def _parts(
 
 def _stages(part: Part, place: Path, formats: Sequence[Format], num_rows: int, model: Model | None) -> Iterator[str]:
     manifest, generator = part.manifest, torch.Generator().manual_seed(SEED)
-    notes, segments = Notes(place, [part]), segments_of([part], model)
+    notes, segments = Notes(place, [part]), _segments([part], model)
     mine = [stage for stage in manifest.layout.stages if stage.name in segments]
     notes.forget([f"{stage.name}{each.suffix}" for stage in mine for each in formats])
     known: dict[str, Mapping[str, Any]] = {each["value"]: each for each in manifest.crosses} | dict(manifest.inputs)
@@ -185,6 +186,11 @@ def _stages(part: Part, place: Path, formats: Sequence[Format], num_rows: int, m
             found = checked_by(each, num_rows, difference)
             notes.add(path.name, {"inputs": into, "outputs": out, **_labels(manifest.layout, stage, part), **found})
             yield _line(path, num_rows, difference)
+
+
+def _segments(parts: Sequence[Part], model: Model | None) -> dict[str, Segment]:
+    """As `segments_of`, which would write into a model that is given as such, in a dtype of its own."""
+    return segments_of(parts, copy.deepcopy(model) if isinstance(model, nn.Module) else model)
 
 
 def _place(part: Part) -> Path:

@@ -151,7 +151,7 @@ def _make(part: Part, model: Model | None) -> nn.Module:
             whose = f"the model {outside(target)}" if target else "a model that no configuration names"
             raise InputError(
                 f"{part.folder} has {whose}, which is not splitlearn's own and is not imported for a folder's asking: "
-                "give it, model=..."
+                "give it, model=my_net, or on the command line model._target_=my_module.my_net"
             )
         if "weights" in asked:
             asked["weights"] = None  # pretrained ones, which would be fetched and then replaced
