@@ -21,7 +21,7 @@ LAYERS = [
     ("learner",),
     ("callbacks", "build"),
     ("federation",),
-    ("train", "advise", "predict"),  # what one runs
+    ("train", "advise", "predict", "export"),  # what one runs
 ]
 SEE_HYDRA = (
     "build",
@@ -32,6 +32,7 @@ SEE_HYDRA = (
     "train",
     "advise",
     "predict",
+    "export",
 )
 NO_LIGHTNING = (
     "errors",

@@ -76,7 +76,7 @@ def load(folder: str | Path, model: Model | None = None, alice: Party | None = N
         return nn.ModuleDict({name: _plain(segment) for name, segment in segments_of([own], model).items()}).eval()
     chosen = choose(folder, parts_of(folder), alice)
     fields = {name: field for part in chosen for name, field in part.manifest.inputs.items()}
-    return _in_one_piece(chosen[0].manifest.layout, segments_of(chosen, model), fields).eval()
+    return in_one_piece(chosen[0].manifest.layout, segments_of(chosen, model), fields).eval()
 
 
 def part_in(folder: Path) -> Part | None:
@@ -173,7 +173,7 @@ def _make(part: Part, model: Model | None) -> Any:
             whose = f"the model {outside(target)}" if target else "a model that no configuration names"
             raise InputError(
                 f"{part.folder} has {whose}, which is not splitlearn's own and is not imported for a folder's asking: "
-                "give it, splitlearn.load(FOLDER, model=...)"
+                "give it, model=my_net, or on the command line model._target_=my_module.my_net"
             )
         if "weights" in asked:
             asked["weights"] = None  # pretrained ones, which would be fetched and then replaced
@@ -191,7 +191,7 @@ def choose(folder: Path, parts: Sequence[Part], alice: Party | None) -> list[Par
         if not having:
             who = alice if role == "alice" and alice is not None else role
             raise InputError(f"{folder} lacks the part of {who}: put the folder of that party there, {who}/{FOLDER}")
-        chosen.append(trained_one(folder, having, "splitlearn.load(FOLDER, alice='{}')"))
+        chosen.append(trained_one(folder, having, "alice='{}'"))
     return chosen
 
 
@@ -209,7 +209,7 @@ def trained_one(folder: Path, parts: Sequence[Part], cure: str) -> Part:
     return fresh[0]
 
 
-def _in_one_piece(
+def in_one_piece(
     layout: Layout, segments: Mapping[str, Segment], fields: Mapping[str, Mapping[str, Any]]
 ) -> nn.Sequential:
     bottoms = [stage for stage in layout.stages if set(stage.inputs) <= set(layout.fields)]
