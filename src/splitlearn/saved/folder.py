@@ -90,7 +90,7 @@ def digest_of(segments: Iterable[Segment]) -> str:
     content = blake2b(digest_size=8)
     for name, tensor in (item for segment in segments for item in named(segment).items()):
         content.update(name.encode())
-        content.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        content.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return content.hexdigest()
 
 
