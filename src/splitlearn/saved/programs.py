@@ -163,7 +163,7 @@ def _blame(
         except Exception as own:
             return f"block `{name}`", _reason(own)
         with torch.no_grad():
-            x = block(x)  # type: ignore[misc]
+            x = block(x)
     return "the network", _reason(error)
 
 
