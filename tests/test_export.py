@@ -89,7 +89,12 @@ def is_near(found: Tensor, expected: Tensor) -> bool:
     return torch.equal(found.argmax(1), expected.argmax(1)) and apart <= 1e-5 * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+def some(kinds: Iterable[str]) -> list:
+    """One of them in the fast tests: a program of ONNX takes seconds."""
+    return [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "two_party")) for kind in kinds]
+
+
+@pytest.mark.parametrize("kind", some(LAYOUTS))
 def test_the_network_in_one_piece_is_the_split_network(kind, tmp_path):
     run, (x, _) = trained(tmp_path, LAYOUTS[kind]), make_rows(19)
     expected = output_of(run, x)
@@ -107,7 +112,7 @@ def test_the_network_in_one_piece_is_the_split_network(kind, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("kind", ["two_party", "u_shaped", "vertical"])
+@pytest.mark.parametrize("kind", some(["two_party", "u_shaped", "vertical"]))
 def test_the_parts_one_after_the_other_are_the_split_network(kind, tmp_path):
     """Fed by name, from party to party."""
     layout = LAYOUTS[kind]
@@ -142,6 +147,7 @@ def trained_zoo(folder: Path, name: str, size: int, **options: object) -> tuple[
     return trained(folder, layout, asked, model=model, rows=(x, torch.arange(6) % 3), make=small), x
 
 
+@pytest.mark.slow  # a program of ONNX takes seconds
 def test_the_weights_of_a_torchvision_model_load_into_it(tmp_path):
     run, x = trained_zoo(tmp_path, "resnet18", 32)
     list(export(tmp_path, formats="torch"))
@@ -423,6 +429,7 @@ def with_block(block: nn.Module) -> Joined:
     return Joined({"first": nn.Linear(4, 4), "odd": block, "head": nn.Linear(4, 2)}).eval()
 
 
+@pytest.mark.slow  # a program of ONNX takes seconds
 def test_a_block_that_onnx_lacks_is_named(tmp_path):
     model, x = with_block(Bessel()), {"x": torch.randn(5, 4)}
     rule = r"^block `odd` cannot be written as ONNX \(No ONNX function found for .*bessel_j0.*\): take format=torch$"
@@ -586,6 +593,7 @@ def test_the_console_script_is_named():
     assert 'splitlearn-export = "splitlearn.export:main"' in scripts
 
 
+@pytest.mark.slow  # a program of ONNX takes seconds
 def test_the_page_does_what_it_says(configure, tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parents[1] / "docs" / "after_training.md").read_text()
     (section,) = (part for part in page.split("\n## ") if part.startswith("Export it"))

@@ -175,7 +175,7 @@ def shares(folder: Path, *places: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("asked", "parties"),
     [
-        ("freeze=[alice]", ("alice0", "bob")),
+        pytest.param("freeze=[alice]", ("alice0", "bob"), marks=pytest.mark.slow),
         *(
             pytest.param(f"wire={wire} {asked}", parties, marks=pytest.mark.slow)
             for wire in ("gloo", "grpc")

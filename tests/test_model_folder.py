@@ -540,7 +540,8 @@ def test_mean_and_deviation_of_a_table_are_in_the_manifest(layout, columns, owne
 
 def test_a_run_leaves_folders_and_says_where(configure, tmp_path, capsys):
     train_as_asked(configure("+experiment=digits_2party", "trainer.max_epochs=1", "num_alices=2", "logger=none"))
-    line = f"The trained models are in {tmp_path}/run/{{alice0,alice1,bob}}/model"
+    folders = f"{tmp_path}/run/{{alice0,alice1,bob}}/model"
+    line = f"The trained models are in {folders}: splitlearn.load('{tmp_path}/run') reads them"
     assert capsys.readouterr().out.splitlines()[-1] == line
     manifest = told(tmp_path / "run", "alice0")
     assert manifest["model"]["_target_"] == "splitlearn.models.mlp"
