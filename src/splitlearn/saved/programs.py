@@ -231,7 +231,7 @@ def _save_onnx(program: ExportedProgram, names: Sequence[str], output: str, path
     sizes = ({0: Dim("rows")},) * len(names)
     named: dict[str, Any] = {"input_names": list(names), "output_names": [output], "dynamic_shapes": sizes}
     made = torch.onnx.export(program, dynamo=True, verbose=False, **named)
-    made.save(path)
+    made.save(path)  # type: ignore[union-attr]
 
 
 def _load_onnx(path: Path) -> Run:
