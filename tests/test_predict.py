@@ -16,8 +16,12 @@ from pytorch_lightning.callbacks import Callback
 from sklearn.datasets import load_digits
 from test_model_folder import LAYOUTS, trained
 from torch import nn
+from torch.utils.data import Subset, TensorDataset
+from torchvision.datasets import ImageFolder
 
 import splitlearn
+from splitlearn.data.new_rows import Kept, kind_of, new_rows, prepare
+from splitlearn.data.sources import Pictures
 from splitlearn.errors import InputError
 from splitlearn.predict import predict
 from splitlearn.schedules.sharing import Personal
@@ -190,7 +194,7 @@ def test_a_csv_of_values_without_names_is_shaped_as_the_input(digits, tmp_path):
     [
         ({"run": "{folder}"}, "has no model: name the folder of a run that has ended"),
         ({"data.root": "{folder}/none.csv"}, r"`data.root` \(=.*none.csv\) is not there: name a CSV"),
-        ({"data.root": "{folder}"}, "holds no pictures: put some there, or name a CSV"),
+        ({"data.root": "{folder}"}, r"is a folder, and the network was trained on no pictures: name a CSV"),
         ({"receiver": "dave"}, r"`receiver` \(=dave\) must be one of the parties: alice0, bob"),
         ({"out": "out.parquet"}, r"`out` \(=out.parquet\) must end in .csv"),
         ({"columns": ["id", "age", "weight"]}, "line 1: there is no column pressure, pulse, which the network was"),
@@ -216,6 +220,52 @@ def test_a_picture_of_another_size_is_named(digits, tmp_path):
     Image.new("L", (9, 8)).save(tmp_path / "a.png")
     with pytest.raises(InputError, match=r"a.png is 9x8 pixels, and the network takes 8x8: bring the pictures to"):
         predict(asked(f"run={digits}", f"data.root={tmp_path}", f"out={tmp_path}/o.csv"))
+
+
+def pixels(path: Path, rows) -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([[f"pixel{i}" for i in range(len(rows[0]))], *rows])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "told"),
+    [
+        ("bytes", 0.5, "has values that are no pixels: these are whole numbers from 0 to 255"),
+        ("bytes", 256, "has values that are no pixels: these are whole numbers from 0 to 255"),
+        ("shares", 16, "has values that are no pixels: these are numbers from 0 to 1"),
+        ("own", 1, "was trained on a data set of your own, whose transforms no file tells: predict its rows in"),
+    ],
+)
+def test_values_of_another_scale_than_the_trainings_are_refused(kind, value, told, tmp_path):
+    path = pixels(tmp_path / "new.csv", [[0, 1, 1, value]])
+    inputs = {"x": {"shape": [1, 2, 2], "kind": kind, "columns": None, "places": None}}
+    with pytest.raises(ValueError, match=told):
+        new_rows(path, inputs, None, Kept())
+
+
+def test_bytes_are_read_as_bytes_from_both(tmp_path):
+    inputs = {"x": {"shape": [1, 2, 2], "kind": "bytes", "columns": None, "places": None, "mean": None, "std": None}}
+    read = new_rows(pixels(tmp_path / "new.csv", [[0, 1, 128, 255]]), inputs, None, Kept())
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(read.x[0, 0].numpy()).save(tmp_path / "pictures" / "a.png")
+    assert torch.equal(new_rows(tmp_path / "pictures", inputs, None, Kept()).x, read.x)
+    assert prepare(read.x, inputs)["x"].flatten().tolist() == pytest.approx([0, 1 / 255, 128 / 255, 1])
+    with pytest.raises(ValueError, match=r"is a folder, and the network was trained on no pictures: name a CSV"):
+        new_rows(tmp_path / "pictures", {"x": {**inputs["x"], "kind": "values"}}, None, Kept())
+
+
+def test_what_rows_are_is_known_by_their_data_set(tmp_path):
+    x, y = torch.rand(4, 1, 2, 2), torch.zeros(4)
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "a" / "1.png")
+    Image.new("RGB", (2, 2)).save(tmp_path / "2.png")
+    kinds = {"shares": x, "values": 2 * x, "bytes": (255 * x).to(torch.uint8)}
+    assert {kind: kind_of(TensorDataset(values, y)) for kind, values in kinds.items()} == {k: k for k in kinds}
+    assert kind_of(TensorDataset(x.flatten(1), y)) == "values"
+    assert kind_of(Subset(TensorDataset(x, y), [0])) == "own"
+    assert kind_of(ImageFolder(str(tmp_path))) == "own"
+    assert kind_of(Pictures(str(tmp_path))) == "bytes"
 
 
 def test_the_command_says_what_is_missing_and_leaves_nothing_else(tables, digits, tmp_path):
@@ -253,7 +303,7 @@ def test_a_model_of_ones_own_in_double_precision_is_given_by_name(tmp_path, conf
     files = [f"run={tmp_path}/run", f"data.root={tmp_path}/new.csv", f"out={tmp_path}/out.csv"]
     with pytest.raises(InputError, match="is not splitlearn's own and is not imported for a folder's asking"):
         predict(asked(*files))
-    predict(asked(*files, "model_from=test_predict.log_softmax"))
+    predict(asked(*files, "model._target_=test_predict.log_softmax"))
     found = shares(read(tmp_path / "out.csv"), [str(i) for i in range(10)])
     with torch.no_grad():
         network = splitlearn.load(tmp_path / "run", log_softmax)

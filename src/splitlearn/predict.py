@@ -13,12 +13,11 @@ from typing import Any
 import hydra
 import pytorch_lightning as pl
 import torch
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.nn import functional
 
-from splitlearn.build import as_input_error, one_line
+from splitlearn.build import as_input_error, make, one_line
 from splitlearn.callbacks.summary import print_table, quieten
 from splitlearn.data.loader import EvalLoader
 from splitlearn.data.new_rows import Kept, NewRows, new_rows, prepare
@@ -70,7 +69,9 @@ def predict(cfg: DictConfig) -> dict[str, float]:
     dtype = trainer.precision_plugin.convert_input(torch.zeros(())).dtype
     held.place(dtype, trainer.strategy.root_device)
     sample = {name: field[:2].cpu().float() for name, field in held.fields.items() if name != "y"}
-    network = network_of(parts, sample, model=None if cfg.model_from is None else get_object(cfg.model_from))
+    with as_input_error():
+        model = make(cfg.model, _partial_=True) if cfg.model._target_ is not None else None
+    network = network_of(parts, sample, model=model)
     cast = {part.manifest.role: part.manifest.party for part in parts}
     receiver = network.holder(cast) if cfg.receiver is None else cfg.receiver
     if receiver not in cast.values():

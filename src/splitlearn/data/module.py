@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from splitlearn.data.alike import Seen, digests, look
 from splitlearn.data.holdout import hold_out, owners_of, rows_trained_on, still_held
 from splitlearn.data.loader import Augment, EvalLoader, TurnLoader
+from splitlearn.data.new_rows import kind_of
 from splitlearn.data.own_table import Part, require
 from splitlearn.data.partition import all_rows, iid
 from splitlearn.data.partition import columns as deal_columns
@@ -114,6 +115,7 @@ class SplitData(pl.LightningDataModule):
             _warn_of_scale(source, train_ids)
         self.columns = _columns(source, num_columns, columns)
         self.is_table = self.columns is not None and len(Checked(source.train).shape) == 1
+        self.kind_of_rows = kind_of(source.train)
         self.normalised = {"data.mean": mean, "data.std": std}
         prepare = Normalise(mean, std, self.columns)
         hold = {where: _fits(part, seen[where], in_memory) for where, part in parts.items()}
@@ -142,7 +144,8 @@ class SplitData(pl.LightningDataModule):
         return {"seed": self.seed, **named, **batches, **self.normalised, **drawn, "data.rows": self._split()}
 
     def preparation(self, field: str) -> dict[str, Any]:
-        """Return what was done to the rows of an input field: the `mean` and `std` that were taken out of them.
+        """Return the `kind` of the rows of an input field as they were read, see `new_rows`, and what was done to them:
+        the `mean` and `std` that were taken out.
 
         Each is a list of one number or of one per channel, or None. Where parties own columns, these are their `places`
         in the whole input, and mean and std, if the input is a table, are those of these columns alone; `columns` are
@@ -155,7 +158,7 @@ class SplitData(pl.LightningDataModule):
             names = names if names is None else [names[place] for place in places]
             if mean is not None and std is not None and len(mean) > 1 and self.is_table:
                 mean, std = [mean[place] for place in places], [std[place] for place in places]
-        return {"mean": mean, "std": std, "columns": names, "places": places}
+        return {"kind": self.kind_of_rows, "mean": mean, "std": std, "columns": names, "places": places}
 
     def _split(self) -> str:
         digest = blake2b(digest_size=4)

@@ -9,14 +9,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision import transforms
 
 from splitlearn.data.csv_file import lines_of, number, other_delimiter
-from splitlearn.data.rows import Fields, Normalise
-from splitlearn.data.sources import is_picture, opened
+from splitlearn.data.rows import Fields, Normalise, tensors_of
+from splitlearn.data.sources import Pictures, is_picture, opened
 
 Inputs = Mapping[str, Mapping[str, Any]]
-"""What manifests say of the data fields: `shape`, `mean`, `std`, `columns` and `places`, see `saved.manifest`."""
+"""What manifests say of the data fields: `shape`, `kind`, `mean`, `std`, `columns`, `places`, see `saved.manifest`."""
+BYTES, SHARES, VALUES, OWN = "bytes", "shares", "values", "own"
+"""Of rows as they were read for the training: pixels from 0 to 255, pixels from 0 to 1, other numbers, and what a data
+set of the user's own has made of them, which no file tells."""
 MODES = {1: "L", 3: "RGB"}  # of pictures, by their channels
 
 
@@ -38,6 +42,19 @@ class Kept(NamedTuple):
     image_size: int | None = None
 
 
+def kind_of(dataset: Dataset | None) -> str:
+    """Return which of `BYTES`, `SHARES`, `VALUES` and `OWN` the rows of a data set are."""
+    if type(dataset) is Pictures:
+        return BYTES
+    tensors = tensors_of(dataset)
+    if tensors is None:
+        return OWN
+    x = tensors[0]
+    if x.dtype == torch.uint8:
+        return BYTES
+    return SHARES if x.ndim == 4 and 0 <= float(x.min()) <= float(x.max()) <= 1 else VALUES
+
+
 def new_rows(path: str | Path, inputs: Inputs, classes: Sequence[str] | None, kept: Kept) -> NewRows:
     """Read rows as a trained network takes them, in the order of the file, or of the pictures' names.
 
@@ -48,6 +65,14 @@ def new_rows(path: str | Path, inputs: Inputs, classes: Sequence[str] | None, ke
     FileNotFoundError where nothing is there; ValueError, by file and line, for what is missing or does not fit.
     """
     path = Path(path).expanduser()
+    (kind,) = {field["kind"] for field in inputs.values()}
+    if kind == OWN:
+        raise ValueError(
+            "the network was trained on a data set of your own, whose transforms no file tells: predict its rows in "
+            "Python, trainer.predict(learner, datamodule)"
+        )
+    if path.is_dir() and kind == VALUES:
+        raise ValueError(f"`data.root` (={path}) is a folder, and the network was trained on no pictures: name a CSV")
     if path.is_dir():
         return _pictures(path, _shape(inputs), classes, kept)
     if path.is_file():
@@ -106,7 +131,17 @@ def _table(path: Path, inputs: Inputs, classes: Sequence[str] | None, kept: Kept
         labels.append((where, texts.get(kept.label or "", "")))
     if not x:
         raise ValueError(f"{path} has no line below its header: it must have at least one row")
-    return NewRows(list(ids), torch.tensor(x).view(len(x), *shape), _numbers(labels, classes))
+    values = torch.tensor(x).view(len(x), *shape)
+    return NewRows(list(ids), _pixels(path, values, next(iter(inputs.values()))["kind"]), _numbers(labels, classes))
+
+
+def _pixels(path: Path, x: Tensor, kind: str) -> Tensor:
+    """Values of the scale of the training, where these were pixels."""
+    if kind == BYTES and not bool(((x >= 0) & (x <= 255) & (x == x.round())).all()):
+        raise ValueError(f"{path} has values that are no pixels: these are whole numbers from 0 to 255, as in training")
+    if kind == SHARES and not bool(((x >= 0) & (x <= 1)).all()):
+        raise ValueError(f"{path} has values that are no pixels: these are numbers from 0 to 1, as in training")
+    return x.to(torch.uint8) if kind == BYTES else x
 
 
 def _numbers(labels: Sequence[tuple[str, str]], classes: Sequence[str] | None) -> Tensor | None:

@@ -32,8 +32,8 @@ class Manifest:
             and `score` of the best; `stale` where another has the trained ones, who is `trained_at`; the `digest` of
             the file; `unsaved`, the names that no `state_dict` has.
         stages: the party's own: `shape` and `dtype` of what goes in.
-        inputs: the data fields that she owns: `shape` and `dtype`, the `mean` and `std` that were taken out of them,
-            and of columns their `places` in the whole input and their names.
+        inputs: the data fields that she owns: `shape` and `dtype`, the `kind` of their values before the `mean` and
+            `std` were taken out of them, and of columns their `places` in the whole input and their names.
         crosses: what she sends or receives: `src` and `dst` (roles), `shape` and `dtype`.
         num_classes, classes: of the labels, and their names where they have some.
         output: what the loss takes the network's output for: `logits`, `log-probabilities`, or another loss's name.
