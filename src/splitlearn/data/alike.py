@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
+from splitlearn.data.checked import Checked
 from splitlearn.data.draws import draw, seeded
-from splitlearn.data.rows import Checked, tensors_of
+from splitlearn.data.rows import tensors_of
 
 SAMPLED = 8  # rows of a data set that is too large, or too slow, to read as a whole
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from splitlearn.data.alike import Seen, digests, look
+from splitlearn.data.checked import Checked
+from splitlearn.data.held import fits, hold_what_is_drawn, rows_of
 from splitlearn.data.holdout import hold_out, owners_of, rows_trained_on, still_held
 from splitlearn.data.loader import Augment, EvalLoader, TurnLoader
 from splitlearn.data.new_rows import kind_of
@@ -22,15 +24,11 @@ from splitlearn.data.own_table import Part, require
 from splitlearn.data.partition import all_rows, iid
 from splitlearn.data.partition import columns as deal_columns
 from splitlearn.data.rows import (
-    Checked,
     Fields,
     InMemory,
     Normalise,
     Rows,
-    Streamed,
-    check_range,
     in_dtype,
-    load,
     moments,
     tensors_of,
 )
@@ -40,7 +38,6 @@ from splitlearn.layout import Layout, Party, Role, whole
 from splitlearn.training.checks import described
 
 FAR = 10.0  # a column's root mean square of which is warned
-FITS_IN_MEMORY = 2 * 1024**3  # bytes of float32; larger data sets are streamed unless `in_memory` says otherwise
 
 
 class SplitData(pl.LightningDataModule):
@@ -118,10 +115,10 @@ class SplitData(pl.LightningDataModule):
         self.kind_of_rows = kind_of(source.train)
         self.normalised = {"data.mean": mean, "data.std": std}
         prepare = Normalise(mean, std, self.columns)
-        hold = {where: _fits(part, seen[where], in_memory) for where, part in parts.items()}
-        hold["data"] = hold["data"] and _hold_what_is_drawn(source.train, seen["data"], in_memory)
+        hold = {where: fits(part, seen[where], in_memory) for where, part in parts.items()}
+        hold["data"] = hold["data"] and hold_what_is_drawn(source.train, seen["data"], in_memory)
         held = (prepare, num_workers, source.num_classes, seed)
-        rows = {where: _rows(part, where, seen[where], hold[where], *held) for where, part in parts.items()}
+        rows = {where: rows_of(part, where, seen[where], hold[where], *held) for where, part in parts.items()}
         self.rows, self.test_rows = rows["data"], rows.get("test rows", rows["data"])
         self.labels = self.rows.labels
         self.test_ids = test_ids if source.test is None else torch.arange(len(self.test_rows))
@@ -292,54 +289,6 @@ def _alike(source: Source, seen: Mapping[str, Seen]) -> dict[str, str]:
         tested = digests(source.test, seen["test rows"])
         told |= {f"{what} for testing": digest for what, digest in tested.items()}
     return told
-
-
-def _fits(dataset: Dataset, seen: Seen, asked: bool | None) -> bool:
-    """Whether to hold rows in memory, by their size unless it is `asked` for."""
-    if asked is not None:
-        return asked
-    x, _ = seen.rows.get(0) or dataset[0]
-    return 4 * torch.as_tensor(x).numel() * len(dataset) <= FITS_IN_MEMORY  # type: ignore[arg-type]
-
-
-def _hold_what_is_drawn(dataset: Dataset, seen: Seen, asked: bool | None) -> bool:
-    """Whether to hold training rows: not those for which random numbers are drawn, unless it is `asked` for."""
-    name = type(dataset).__name__
-    if asked and seen.draws:
-        rank_zero_warn(
-            f"`data.in_memory` (=True) reads each row of {name} once, and the random numbers that it draws stay the "
-            "same in all epochs: with data.in_memory=false they are drawn anew"
-        )
-    elif not seen.by_seed:
-        rank_zero_warn(
-            f"{name} draws random numbers from a generator of its own, which a resumed run does not find where it was: "
-            "draw from torch's, numpy's or random's global one"
-        )
-    return bool(asked) or not seen.draws
-
-
-def _rows(
-    dataset: Dataset,
-    where: str,
-    seen: Seen,
-    in_memory: bool,
-    prepare: Normalise,
-    num_workers: int,
-    num_classes: int,
-    seed: int,
-) -> Rows:
-    """Raises InputError for labels that are out of range, or that are not those by which the data set knows rows."""
-    draws_by = seed if seen.draws else None
-    if in_memory:
-        held = InMemory(*load(dataset, where, draws_by), prepare)
-        check_range(held.labels, num_classes, where)
-        return held
-    streamed = Streamed(dataset, prepare, num_workers, num_classes, where, draws_by)
-    if seen.rows:
-        streamed.compare(torch.tensor(list(seen.rows)), torch.as_tensor([y for _, y in seen.rows.values()]))
-    if hasattr(dataset, "targets"):
-        check_range(streamed.labels, num_classes, where)
-    return streamed
 
 
 def _warn_of_scale(source: Source, ids: Tensor) -> None:

@@ -23,8 +23,8 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST, ImageFo
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 
+from splitlearn.data.checked import naming_row
 from splitlearn.data.labels import in_order, require_one_spelling, warn_of_case
-from splitlearn.data.rows import naming_row
 from splitlearn.errors import InputError
 
 Torchvision = type[MNIST] | type[CIFAR10]
