@@ -57,17 +57,8 @@ def predict(cfg: DictConfig) -> dict[str, float]:
         rows = new_rows(cfg.data.root, inputs, manifest.classes, _kept(cfg, folder))
     labels = torch.zeros(len(rows.x), dtype=torch.int64) if rows.y is None else rows.y
     held = InMemory(rows.x, labels, lambda x: prepare(x, inputs))
-    trainer = pl.Trainer(
-        accelerator=cfg.accelerator,
-        devices=1,
-        precision=manifest.precision,  # type: ignore[arg-type]
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    dtype = trainer.precision_plugin.convert_input(torch.zeros(())).dtype
-    held.place(dtype, trainer.strategy.root_device)
+    trainer = _trainer(cfg.accelerator, manifest.precision)
+    held.place(trainer.precision_plugin.convert_input(torch.zeros(())).dtype, trainer.strategy.root_device)
     sample = {name: field[:2].cpu().float() for name, field in held.fields.items() if name != "y"}
     with as_input_error():
         model = make(cfg.model, _partial_=True) if cfg.model._target_ is not None else None
@@ -87,6 +78,18 @@ def predict(cfg: DictConfig) -> dict[str, float]:
     per_row = sum(network.wire.ledger.num_bytes.values()) / len(rows.ids)
     print(f"{per_row:,.0f} bytes and {1000 * seconds / len(rows.ids):.3g} ms a row; {receiver} has the outputs: {out}")
     return metrics
+
+
+def _trainer(accelerator: str, precision: str) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        precision=precision,  # type: ignore[arg-type]
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 def _kept(cfg: DictConfig, folder: Path) -> Kept:
