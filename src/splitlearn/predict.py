@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import os
 import sys
 import time
 from collections.abc import Mapping
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from splitlearn.callbacks.summary import print_table, quieten
 from splitlearn.data.loader import EvalLoader
 from splitlearn.data.new_rows import Kept, NewRows, new_rows, prepare
 from splitlearn.data.rows import InMemory
-from splitlearn.errors import InputError, told_if_full
+from splitlearn.errors import InputError
 from splitlearn.layout import Party, Role
 from splitlearn.network import Batch, SplitNetwork
-from splitlearn.saved.loading import choose, network_of, parts_of
+from splitlearn.saved.folder import write_whole
+from splitlearn.saved.loading import choose, inputs_of, network_of, parts_of
 from splitlearn.saved.manifest import Manifest
 from splitlearn.train import CONF
 from splitlearn.training.evaluation import Prediction
@@ -52,7 +53,7 @@ def predict(cfg: DictConfig) -> dict[str, float]:
         raise InputError(f"`out` (={out}) must end in .csv, the one format that is written")
     parts = choose(folder, parts_of(folder), cfg.alice)
     manifest = parts[0].manifest
-    inputs = {name: field for part in parts for name, field in part.manifest.inputs.items()}
+    inputs = inputs_of(parts)
     with as_input_error():
         rows = new_rows(cfg.data.root, inputs, manifest.classes, _kept(cfg, folder))
     labels = torch.zeros(len(rows.x), dtype=torch.int64) if rows.y is None else rows.y
@@ -114,14 +115,11 @@ def _write(out: Path, rows: NewRows, output: Tensor, manifest: Manifest) -> None
     """A line for each row: its id, the class that is predicted, and a column for each class."""
     classes = manifest.classes or [str(i) for i in range(output.shape[-1])]
     shares, best = _shares(output, manifest).tolist(), output.argmax(dim=-1).tolist()
-    unfinished = out.with_name(f"{out.name}.tmp")
-    with told_if_full(out, "out"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["id", "predicted", *classes])
-            writer.writerows([id, classes[i], *line] for id, i, line in zip(rows.ids, best, shares, strict=True))
-        os.replace(unfinished, out)
+    text = StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["id", "predicted", *classes])
+    writer.writerows([id, classes[i], *line] for id, i, line in zip(rows.ids, best, shares, strict=True))
+    write_whole(out, text.getvalue().encode(), "out")
 
 
 def _metrics(output: Tensor, labels: Tensor | None, manifest: Manifest) -> dict[str, float]:

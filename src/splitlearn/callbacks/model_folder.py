@@ -22,7 +22,7 @@ from splitlearn.learner import SplitLearner
 from splitlearn.network import join
 from splitlearn.saved.folder import WEIGHTS, named, no_tensors, share_weights, unsaved, write_weights, write_whole
 from splitlearn.saved.loading import FOLDER
-from splitlearn.saved.manifest import MANIFEST, Manifest
+from splitlearn.saved.manifest import MANIFEST, Manifest, shape_and_dtype
 from splitlearn.schedules.final import FINAL, Left, Moment, hand_out
 from splitlearn.schedules.sharing import check_choice
 from splitlearn.segment import Segment
@@ -174,8 +174,7 @@ class _Shapes:
                     yield {"value": name, "src": src, "dst": dst, **self.of(name)}
 
     def _told(self, value: Tensor) -> dict[str, Any]:
-        dtype = self.convert(value).dtype
-        return {"shape": list(value.shape[1:]), "dtype": str(dtype).removeprefix("torch.")}
+        return shape_and_dtype(self.convert(value))
 
 
 def _warn_of_other_state(segments: Mapping[str, Segment]) -> None:

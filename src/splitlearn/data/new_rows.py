@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import transforms
 
 from splitlearn.data.csv_file import lines_of, number, other_delimiter
 from splitlearn.data.rows import Fields, Normalise, tensors_of
-from splitlearn.data.sources import Pictures, is_picture, opened
+from splitlearn.data.sources import Pictures, is_picture, opened, to_tensor
 
 Inputs = Mapping[str, Mapping[str, Any]]
 """What manifests say of the data fields: `shape`, `kind`, `mean`, `std`, `columns`, `places`, see `saved.manifest`."""
@@ -52,7 +51,10 @@ def kind_of(dataset: Dataset | None) -> str:
     x = tensors[0]
     if x.dtype == torch.uint8:
         return BYTES
-    return SHARES if x.ndim == 4 and 0 <= float(x.min()) <= float(x.max()) <= 1 else VALUES
+    if x.ndim != 4:
+        return VALUES
+    least, most = torch.aminmax(x)
+    return SHARES if 0 <= float(least) <= float(most) <= 1 else VALUES
 
 
 def new_rows(path: str | Path, inputs: Inputs, classes: Sequence[str] | None, kept: Kept) -> NewRows:
@@ -163,10 +165,7 @@ def _pictures(folder: Path, shape: list[int], classes: Sequence[str] | None, kep
         raise ValueError(f"{folder} holds no pictures: put some there, or name a CSV")
     if len(shape) != 3 or shape[0] not in MODES:
         raise ValueError(f"the network takes {shape}, which is no picture of one or three channels: name a CSV")
-    size = kept.image_size
-    steps = [] if size is None else [transforms.Resize(size), transforms.CenterCrop(size)]
-    read = transforms.Compose([*steps, transforms.PILToTensor()])
-    x = []
+    read, x = to_tensor(kept.image_size), []
     for path in paths:
         with opened(str(path)) as image:
             x.append(read(image.convert(MODES[shape[0]])))

@@ -215,14 +215,18 @@ def _pictures(folder: Path, image_size: int | None) -> ImageFolder:
             raise ValueError(f"{folder / name} holds none: {rule}; fill it or move it away")
     require_one_spelling(dict.fromkeys(classes, str(folder)), "class folder")
     warn_of_case(dict.fromkeys(classes, str(folder)), "class folder")
-    steps = [] if image_size is None else [transforms.Resize(image_size), transforms.CenterCrop(image_size)]
-    prepare = transforms.Compose([*steps, transforms.PILToTensor()])
     pictures = Pictures(
-        str(folder), prepare, loader=_read_rgb, is_valid_file=lambda path: is_picture(Path(path), folder)
+        str(folder), to_tensor(image_size), loader=_read_rgb, is_valid_file=lambda path: is_picture(Path(path), folder)
     )
     if empty := [path for path, _ in pictures.samples if not os.path.getsize(path)]:  # as a broken copy leaves it
         raise ValueError(f"{empty[0]} cannot be read as a picture (it has no bytes): replace or remove it")
     return pictures
+
+
+def to_tensor(image_size: int | None) -> transforms.Compose:
+    """From a picture to uint8 [C, H, W], scaled and cropped to a square of `image_size` pixels unless that is None."""
+    steps = [] if image_size is None else [transforms.Resize(image_size), transforms.CenterCrop(image_size)]
+    return transforms.Compose([*steps, transforms.PILToTensor()])
 
 
 def _class_folders(folder: Path) -> list[str]:

@@ -17,8 +17,19 @@ from splitlearn.errors import InputError, check_whole, told_if_full
 from splitlearn.layout import Layout, Party, Stage
 from splitlearn.network import join
 from splitlearn.saved.folder import WEIGHTS, write_weights
-from splitlearn.saved.loading import FOLDER, Model, Part, choose, in_one_piece, part_in, parts_of, segments_of
-from splitlearn.saved.notes import Notes, checked_by, described, prepared
+from splitlearn.saved.loading import (
+    FOLDER,
+    Model,
+    Part,
+    choose,
+    in_one_piece,
+    inputs_of,
+    part_in,
+    parts_of,
+    segments_of,
+)
+from splitlearn.saved.manifest import shape_and_dtype
+from splitlearn.saved.notes import Notes, checked_by, prepared
 from splitlearn.saved.programs import (
     FORMATS,
     SEED,
@@ -100,11 +111,11 @@ def _merged(
     folder: Path, parts: Sequence[Part], formats: Sequence[Format], num_rows: int, model: Model | None
 ) -> Iterator[str]:
     manifest, layout = parts[0].manifest, parts[0].manifest.layout
-    told = {name: field for part in parts for name, field in part.manifest.inputs.items()}
+    told = inputs_of(parts)
     network = in_one_piece(layout, _segments(parts, model), told).eval()
     alone = {name: segment for part in parts for name, segment in _segments([part], model).items()}
     generator = torch.Generator().manual_seed(SEED)
-    fields = _rows_of_fields(layout, parts, num_rows, generator)
+    fields = _rows_of_fields(layout, told, num_rows, generator)
     x = _side_by_side(fields, told)
     _check_merged(network, x, alone, layout, fields, folder)
     stages = ", ".join(stage.name for stage in layout.stages)
@@ -119,13 +130,13 @@ def _merged(
     _check_weights(place / WEIGHTS, named)
     notes.add(WEIGHTS, {"tensors": len(named)})
     yield f"{place / WEIGHTS}: {len(named)} tensors by the names of the uncut model, read again to the bit"
-    into = {"x": {**described(x), **prepared(told)}}
+    into = {"x": {**shape_and_dtype(x), **prepared(told)}}
     named_classes = {"num_classes": manifest.num_classes, "classes": manifest.classes}
     program = Joined(network._modules)
     for path, each, difference in write_program(program, {"x": x}, "output", formats, place / "model"):
         found = checked_by(each, num_rows, difference)
         with torch.no_grad():
-            out = {"output": described(network(x[:1]))}
+            out = {"output": shape_and_dtype(network(x[:1]))}
         notes.add(path.name, {"inputs": into, "outputs": out, **named_classes, **found, "equals_parts": True})
         yield _line(path, num_rows, difference)
 
@@ -179,8 +190,8 @@ def _stages(part: Part, place: Path, formats: Sequence[Format], num_rows: int, m
         }
         program = Joined(segments[stage.name].eval()._modules)
         with torch.no_grad():
-            known[stage.name] = described(program(*inputs.values()))
-        into = {name: {**described(x), **prepared({name: known[name]})} for name, x in inputs.items()}
+            known[stage.name] = shape_and_dtype(program(*inputs.values()))
+        into = {name: {**shape_and_dtype(x), **prepared({name: known[name]})} for name, x in inputs.items()}
         out = {stage.name: known[stage.name]}
         for path, each, difference in write_program(program, inputs, stage.name, formats, place / stage.name):
             found = checked_by(each, num_rows, difference)
@@ -206,9 +217,8 @@ def _labels(layout: Layout, stage: Stage, part: Part) -> dict[str, Any]:
 
 
 def _rows_of_fields(
-    layout: Layout, parts: Sequence[Part], num_rows: int, generator: torch.Generator
+    layout: Layout, told: Mapping[str, Mapping[str, Any]], num_rows: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    told = {name: field for part in parts for name, field in part.manifest.inputs.items()}
     return {
         name: random_rows(num_rows, told[name]["shape"], getattr(torch, told[name]["dtype"]), generator)
         for name in layout.fields

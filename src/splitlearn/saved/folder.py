@@ -21,10 +21,13 @@ WEIGHTS = "weights.safetensors"
 FEW = 3  # of what does not fit, so many are named
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Under another name first: nobody reads half of a file, and who dies in the middle leaves the old one."""
+def write_whole(path: Path, content: str | bytes, key: str = "hydra.run.dir") -> None:
+    """Under another name first: nobody reads half of a file, and who dies in the middle leaves the old one.
+
+    Raises InputError where it cannot be written; `key` of the configuration moves it.
+    """
     unfinished = path.with_name(f"{path.name}.tmp")
-    with told_if_full(path):
+    with told_if_full(path, key):
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, str):
             unfinished.write_text(content)

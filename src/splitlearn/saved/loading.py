@@ -75,8 +75,12 @@ def load(folder: str | Path, model: Model | None = None, alice: Party | None = N
     if own is not None:
         return nn.ModuleDict({name: _plain(segment) for name, segment in segments_of([own], model).items()}).eval()
     chosen = choose(folder, parts_of(folder), alice)
-    fields = {name: field for part in chosen for name, field in part.manifest.inputs.items()}
-    return in_one_piece(chosen[0].manifest.layout, segments_of(chosen, model), fields).eval()
+    return in_one_piece(chosen[0].manifest.layout, segments_of(chosen, model), inputs_of(chosen)).eval()
+
+
+def inputs_of(parts: Sequence[Part]) -> dict[str, Mapping[str, Any]]:
+    """Return what the manifests of these parties say of the data fields that they own."""
+    return {name: field for part in parts for name, field in part.manifest.inputs.items()}
 
 
 def part_in(folder: Path) -> Part | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from splitlearn.errors import InputError, outside
 from splitlearn.layout import Layout, Party, Role, Stage
@@ -77,6 +78,11 @@ class Manifest:
             "owners": dict(self.layout.owners),
         }
         return json.dumps({"format": self.format, **asdict(self), "layout": layout}, indent=2, allow_nan=False) + "\n"
+
+
+def shape_and_dtype(x: Tensor) -> dict[str, Any]:
+    """Of rows [N, ...]: the shape of one, and torch's name of the dtype."""
+    return {"shape": list(x.shape[1:]), "dtype": str(x.dtype).removeprefix("torch.")}
 
 
 def read_manifest(folder: Path) -> Manifest:

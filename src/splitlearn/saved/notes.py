@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from splitlearn.errors import told_if_full
 from splitlearn.saved.folder import write_whole
 from splitlearn.saved.loading import Part
@@ -51,11 +49,6 @@ def _read(path: Path) -> dict[str, Any]:
         return {name: told for name, told in files.items() if "weights" in told}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-
-
-def described(x: Tensor) -> dict[str, Any]:
-    """Of rows [N, ...]: the shape of one, and torch's name of the dtype."""
-    return {"shape": list(x.shape[1:]), "dtype": str(x.dtype).removeprefix("torch.")}
 
 
 def prepared(told: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
