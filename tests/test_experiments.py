@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -199,3 +203,15 @@ def test_a_data_option_gives_these_rows(option, shape, num_classes, configure, i
     data = build(configure(f"data={option}", *NEEDS.get(("data", option), []))).data
     assert data.sample()["x"].shape[1:] == shape
     assert data.num_classes == num_classes
+
+
+@pytest.mark.slow
+def test_a_soak_ends_with_the_simulators_bits():
+    script = Path(__file__).parents[1] / "experiments" / "faults" / "soak.py"
+    few = ["--wire", "gloo", "--mini-batches", "500", "--every", "200"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, script.name, *few], cwd=script.parent, env=environment, capture_output=True)
+    said = done.stdout.decode()
+    assert done.returncode == 0, done.stderr.decode()
+    assert re.search(r"^[1-9] kills; exit code 0$", said, re.MULTILINE)
+    assert said.splitlines()[-1] == "equal to the simulator's: True"

@@ -25,7 +25,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("more", nargs="*", help="of the run, e.g. schedule=splitfed_v2")
     args = parser.parse_args()
-    asked = [f"trainer.max_steps={args.mini_batches}", "trainer.max_epochs=-1", "logger=none", *args.more]
+    endless = ["trainer.max_epochs=-1", "scheduler=none"]  # a cosine would need to know the end
+    asked = [f"trainer.max_steps={args.mini_batches}", *endless, "logger=none", *args.more]
     with TemporaryDirectory() as name:
         alone, among = Path(name) / "alone", Path(name) / "among"
         assert runs.start(alone, *asked).wait() == 0, (Path(name) / "alone.log").read_text()
